@@ -1,0 +1,5 @@
+"""``python -m hayhost``."""
+
+from .cli import main
+
+main()

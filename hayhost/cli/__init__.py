@@ -1,0 +1,196 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` answers at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+
+from hayhost import __version__
+from hayhost.errors import HostError
+from hayhost.settings import FIELDS, Settings
+
+__all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def _settings(*without: str) -> Callable[[F], F]:
+    """Add an option for each setting but those in ``without``, and ``--config``."""
+    hints = get_type_hints(Settings)
+
+    def decorate(function: F) -> F:
+        for name, field in reversed(FIELDS.items()):
+            if name in without:
+                continue
+            hint = hints[name]
+            kind: Any = str
+            if get_origin(hint) is not None and not isinstance(None, hint if isinstance(hint, type) else ()):
+                choices = [value for value in get_args(hint) if isinstance(value, str)]
+                kind = click.Choice(choices) if choices else _FILE
+            default = "" if field.default is None else f"  [default: {_shown(field.default, field.metadata['size'])}]"
+            function = click.option(
+                f"--{name.replace('_', '-')}", name, type=kind, default=None, help=field.metadata["help"] + default
+            )(function)
+        return click.option(
+            "--config", type=_FILE, envvar="HAYHOST_CONFIG", help="TOML file with settings; flags and HAYHOST_* override it."
+        )(function)
+
+    return decorate
+
+
+def _shown(value: Any, size: bool) -> str:
+    return f"{value >> 20}MiB" if size else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="hayhost")
+def cli() -> None:
+    """Run many organisations' plugins on one machine, each in a worker process of its own.
+
+    \b
+    Start here:
+      hayhost new my-plugin          make a plugin that runs, with its test
+      hayhost dev .                  serve the plugins of this folder while you write them
+      hayhost check my-plugin        load a plugin as the host would, and see all that is wrong
+      hayhost serve plugins/         the host
+    """
+
+
+@cli.command()
+@click.argument("plugins_dir", type=_FOLDER)
+@_settings()
+def serve(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
+    """Serve every plugin in PLUGINS_DIR, for every installed org.
+
+    Each (plugin, org) answers under /plugins/<name>/<org>/. Every setting can also be given as an environment variable
+    (--max-workers as HAYHOST_MAX_WORKERS) or in the file of --config (max_workers = 100). A flag wins over the
+    environment, and that over the file.
+
+    \b
+      hayhost serve plugins/ --mode test             every org is known
+      hayhost serve plugins/ --orgs orgs.toml        the orgs of a file
+    """
+    from hayhost.settings import load
+
+    from .serve import serve as run_host
+
+    run_host(plugins_dir, load(flags, config), instrument=False)
+
+
+@cli.command()
+@click.argument("plugins_dir", type=_FOLDER)
+@_settings("mode", "spares")
+def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
+    """Serve the plugins in PLUGINS_DIR to their author.
+
+    As `serve` in test mode, with a readable log that shows each request, and with the plugins' own type annotations
+    checked at run time.
+    """
+    from hayhost.settings import load
+
+    from .serve import serve as run_host
+
+    settings = load({**flags, "mode": "test"}, config, log_format="console")
+    run_host(plugins_dir, settings, instrument=True)
+
+
+@cli.command()
+@click.option("--plugin-path", required=True, type=click.Path(path_type=Path), help="The plugin's folder.")
+@click.option("--org-id", required=True, help="The org to serve.")
+@click.option("--port", required=True, help="Port to listen on, on 127.0.0.1.")
+@click.option(
+    "--mode",
+    type=click.Choice(["production", "test"]),
+    default="production",
+    show_default=True,
+    help="In production the org is read from HAY_ORG_CONFIG and HAY_ORG_AUTH.",
+)
+@_settings("host", "port", "mode", "orgs", "max_workers", "spares", "idle_timeout")
+def run(plugin_path: Path, org_id: str, port: str, mode: str, config: Path | None, **flags: Any) -> None:
+    """Serve one plugin for one org, at the root: the worker that Hay Core starts.
+
+    \b
+    Production mode reads from the environment
+      HAY_ORG_CONFIG   {"org": {"id": "...", "name": "..."}, "config": {...}}
+      HAY_ORG_AUTH     {"methodId": "...", "credentials": {...}}   ({} or unset: none)
+    What is missing or malformed there leaves the worker degraded, and /health says why.
+
+    \b
+    Exit codes: 0 after SIGTERM or SIGINT; 1 bad arguments, manifest, plugin or on_initialize; 2 the server could
+    not start (port taken).
+    """
+    from hayhost.settings import load
+
+    from .run import run as run_worker
+
+    settings = load({**flags, "port": port, "mode": mode, "spares": 0}, config)
+    sys.exit(run_worker(plugin_path, org_id, settings))
+
+
+@cli.command()
+@click.argument("plugin_dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object on stdout.")
+def check(plugin_dir: Path, as_json: bool) -> None:
+    """Load the plugin in PLUGIN_DIR as the host would, and print its metadata, warnings and all errors.
+
+    Exit code 1 if there is an error.
+    """
+    from .check import check as run_check
+
+    sys.exit(run_check(plugin_dir, as_json))
+
+
+@cli.command()
+@click.argument("name")
+@click.option(
+    "--directory", type=_FOLDER, default=".", help="Where to make the plugin's folder.  [default: this folder]"
+)
+def new(name: str, directory: Path) -> None:
+    """Make a plugin that runs, in the folder NAME, with its test."""
+    from .new import new as make
+
+    make(name, directory)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the tab-completion script of SHELL.
+
+    \b
+      eval "$(hayhost completion bash)"              in ~/.bashrc
+      eval "$(hayhost completion zsh)"               in ~/.zshrc
+      hayhost completion fish > ~/.config/fish/completions/hayhost.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "hayhost", "_HAYHOST_COMPLETE").source())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; every failure is one clear line and an exit code."""
+    try:
+        code = cli.main(arguments, prog_name="hayhost", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        command = error.ctx.info_name if error.ctx else None
+        code = 1 if command == "run" else error.exit_code  # Hay Core knows 1 for bad arguments
+    except click.ClickException as error:
+        error.show()
+        code = 1
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except HostError as error:
+        for line in str(error).splitlines():
+            click.echo(f"hayhost: {line}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 141
+    sys.exit(code or 0)

@@ -1,0 +1,108 @@
+"""``hayhost check``: load a plugin as the host would, and say everything about it."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hayhost.catalog import Plugin
+from hayhost.errors import HostError, ManifestError, PluginLoadError
+from hayhost.logs import configure, escape
+from hayhost.manifest import read_manifest
+from hayhost.processes import Nursery
+
+__all__ = ["check"]
+
+_HOOK_TIMEOUT = 30.0
+
+
+def check(plugin_dir: Path, as_json: bool) -> int:
+    """Print what is known of the plugin; 1 if it has an error."""
+    configure("auto", "warning")
+    report = asyncio.run(_report(plugin_dir))
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+    else:
+        _print(report)
+    return 0 if report["ok"] else 1
+
+
+async def _report(plugin_dir: Path) -> dict[str, Any]:
+    report: dict[str, Any] = {"ok": False, "folder": str(plugin_dir), "errors": [], "warnings": []}
+    try:
+        manifest = read_manifest(plugin_dir)
+    except ManifestError as error:
+        return {**report, "errors": error.problems}
+    report |= {
+        "name": manifest.name,
+        "version": manifest.version,
+        "displayName": manifest.display_name,
+        "category": manifest.category,
+        "capabilities": list(manifest.capabilities),
+        "warnings": list(manifest.warnings),
+    }
+    nursery = Nursery(lambda: None)
+    await nursery.start()
+    plugin = Plugin(manifest, nursery, hook_timeout=_HOOK_TIMEOUT)
+    try:
+        await plugin.load()
+        if plugin.strict_reason:
+            plugin.warnings.append(f"sharing is strict, so starts are slower: {plugin.strict_reason}")
+        report |= {
+            "ok": True,
+            "warnings": plugin.warnings,
+            "hooks": sorted(plugin.hooks),
+            "sharing": "strict" if plugin.strict else "fork",
+            "metadata": msgspec.to_builtins(plugin.metadata),
+        }
+    except PluginLoadError as error:
+        report |= {"errors": [str(error)], "traceback": error.traceback}
+    except HostError as error:
+        report |= {"errors": [str(error)]}
+    finally:
+        plugin.close()
+        await nursery.stop()
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def paint(code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
+
+    def line(label: str, value: object) -> None:
+        print(f"  {label:<14}{escape(str(value))}")
+
+    print(escape(f"{report.get('name', report['folder'])} {report.get('version', '')}".rstrip()))
+    for key in ("displayName", "category", "sharing"):
+        if key in report:
+            line(key, report[key])
+    if "capabilities" in report:
+        line("capabilities", ", ".join(report["capabilities"]) or "none")
+    if "hooks" in report:
+        line("hooks", ", ".join(report["hooks"]) or "none")
+    metadata = report.get("metadata", {})
+    for route in metadata.get("routes", ()):
+        line("route", f"{route['method']:<7}{route['path']}")
+    for name, field in metadata.get("configSchema", {}).items():
+        traits = [key for key in ("required", "sensitive") if field.get(key)]
+        traits += [f"env {field['env']}"] if "env" in field else []
+        line("config", f"{name}: {', '.join([field['type'], *traits])}")
+    for method in metadata.get("authMethods", ()):
+        line("auth", f"{method['id']} ({method['type']}): {method['label']}")
+    for page in metadata.get("pages", ()):
+        line("page", f"{page['id']}: {page['title']}")
+    for extension in metadata.get("uiExtensions", ()):
+        line("ui", f"{extension['slot']}: {extension['component']}")
+    for warning in report["warnings"]:
+        print(paint("33", "warning: ") + escape(warning))
+    for error in report["errors"]:
+        print(paint("31", "error: ") + escape(error))
+    for text in report.get("traceback", "").splitlines():
+        print(f"    | {escape(text)}")
+    if report["ok"]:
+        print(paint("32", "ok"))

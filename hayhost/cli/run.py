@@ -1,0 +1,99 @@
+"""``hayhost run``: one plugin for one org, as Hay Core starts it."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hayhost.errors import HostError, PluginLoadError, SettingsError
+from hayhost.front import ORG_ID, OneOrg
+from hayhost.host import Host
+from hayhost.installs import Auth, Installation, SingleInstall
+from hayhost.logs import configure, get_logger
+from hayhost.manifest import read_manifest
+from hayhost.settings import Settings
+
+__all__ = ["installation_from_environment", "run"]
+
+_CONFIG = "HAY_ORG_CONFIG"
+_AUTH = "HAY_ORG_AUTH"
+
+
+class _Org(msgspec.Struct):
+    id: str
+    name: str | None = None
+
+
+class _OrgConfig(msgspec.Struct):
+    org: _Org
+    config: dict[str, Any] | None = None
+
+
+def installation_from_environment(org_id: str) -> Installation:
+    """The org as ``HAY_ORG_CONFIG`` and ``HAY_ORG_AUTH`` describe it; both are taken out of the environment.
+
+    What is missing or malformed becomes the installation's ``problem``; no value of either is ever part of it.
+    """
+    config_text, auth_text = os.environ.pop(_CONFIG, None), os.environ.pop(_AUTH, None)
+    problems = []
+    given = _OrgConfig(_Org(org_id))
+    if config_text is None:
+        problems.append(f"{_CONFIG} is not set")
+    else:
+        try:
+            given = msgspec.json.decode(config_text, type=_OrgConfig)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            problems.append(f'{_CONFIG} is not of the form {{"org": {{"id": "...", "name": "..."}}, "config": {{}}}}')
+        else:
+            if given.org.id != org_id:
+                problems.append(f"{_CONFIG} is for another org than --org-id {org_id}")
+                given = _OrgConfig(_Org(org_id))
+    auth = None
+    if auth_text and auth_text.strip() != "{}":
+        try:
+            auth = msgspec.json.decode(auth_text, type=Auth)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            problems.append(f'{_AUTH} is not of the form {{"methodId": "...", "credentials": {{}}}}')
+    return Installation(org_id, given.org.name or org_id, given.config or {}, auth, problem="; ".join(problems))
+
+
+def run(plugin_path: Path, org_id: str, settings: Settings) -> int:
+    """Serve until a signal; the exit code. Raises ``HostError`` for bad arguments, manifests and plugins."""
+    configure(settings.log_format, settings.log_level)
+    if not ORG_ID.fullmatch(org_id):
+        raise SettingsError(f"--org-id: {org_id!r} is not an org id: letters, digits and _ . - only, at most 128")
+    if settings.mode == "test":
+        installation = Installation(org_id, f"Test Org {org_id}")
+    else:
+        installation = installation_from_environment(org_id)
+    return asyncio.run(_run(plugin_path, settings, SingleInstall(installation)))
+
+
+async def _run(plugin_path: Path, settings: Settings, installs: SingleInstall) -> int:
+    log = get_logger()
+    manifest = read_manifest(plugin_path)
+    installation = installs.installation
+    if installation.problem:
+        log.error("the worker will be degraded", org=installation.org_id, reason=installation.problem)
+    async with Host(settings, installs) as host:
+        host.stop_hook = "on_disable"
+        host.handle_signals()
+        plugin = host.add(manifest)
+        try:
+            await plugin.load()
+        except PluginLoadError as error:
+            if error.traceback:
+                log.error("the plugin did not load", plugin=plugin.name, reason=str(error), traceback=error.traceback)
+            raise HostError(f"{plugin.name}: {error}") from None
+        for warning in plugin.warnings:
+            log.warning(warning, plugin=plugin.name)
+        host.pool.keep_idle = True
+        port = host.listen(OneOrg(plugin, installation.org_id, installs))
+        log.info("listening", url=f"http://{settings.host}:{port}", plugin=plugin.name, org=installation.org_id)
+        slot = host.pool.slot(plugin, installation.org_id)
+        if not host.is_stopping:
+            slot.ensure_starting()
+        await host.stopped()
+    return 0

@@ -1,0 +1,83 @@
+"""The host's errors, one class per condition; each knows the HTTP status or exit code that it amounts to."""
+
+from typing import ClassVar
+
+__all__ = [
+    "HostError",
+    "ManifestError",
+    "PluginLoadError",
+    "QueueFullError",
+    "RequestError",
+    "RequestTimeoutError",
+    "SettingsError",
+    "StartFailedError",
+    "UnavailableError",
+    "WorkerLostError",
+]
+
+
+class HostError(Exception):
+    """A condition that ends a command with one clear line; ``exit_code`` is what the command exits with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class SettingsError(HostError):
+    """A flag, environment variable or configuration file says something that cannot be."""
+
+
+class ManifestError(HostError):
+    """A plugin's manifest is wrong; ``problems`` has every one of its errors."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class PluginLoadError(HostError):
+    """A plugin did not load. ``traceback`` is for its author and goes to the log only."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class RequestError(Exception):
+    """A request that is answered with ``status`` and ``{"error": message}``; the fault is named by the subclass."""
+
+    status: int = 500
+
+    def __init__(self, message: str, *, status: int | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status or type(self).status
+        self.headers = headers or {}
+
+
+class UnavailableError(RequestError):
+    """Nothing can serve the request now. ``retry_after`` is in seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after: float = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+
+class QueueFullError(UnavailableError):
+    """As many requests wait as may."""
+
+
+class StartFailedError(UnavailableError):
+    """The worker never became ready."""
+
+
+class WorkerLostError(RequestError):
+    """The worker died, or broke the protocol, with the request in its hands. It is never sent again."""
+
+    status = 502
+
+
+class RequestTimeoutError(RequestError):
+    """The handler did not begin to answer within the request's time limit."""
+
+    status = 504

@@ -1,0 +1,396 @@
+"""One HTTP request on its way: from Tornado's connection to a worker's stream, and back."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, RequestStartLine, ResponseStartLine
+
+from sandbox import wire
+
+from .errors import RequestError, RequestTimeoutError, UnavailableError, WorkerLostError
+from .responses import BadResponseError, plugin_headers, request_headers, start_line
+
+if TYPE_CHECKING:
+    from .front import Front
+    from .pool import Slot
+    from .worker import Worker
+
+__all__ = ["Answer", "Exchange"]
+
+# Bodies up to this size travel in one frame with their request; larger ones are streamed as they arrive.
+_INLINE: Final = wire.CHUNK
+# A refused upload is read and dropped up to this size, so that the client sees the answer; beyond it, it is cut off.
+_DISCARD: Final = 64 << 20
+
+_BODILESS: Final = frozenset({204, 205, 304})
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An answer of the host's own, as JSON."""
+
+    status: int
+    body: object = None
+    headers: dict[str, str] = {}
+
+
+class Exchange(HTTPMessageDelegate):
+    """Answers one request. Every path through it ends in exactly one answer, or in a closed connection.
+
+    The front decides, from the head, what the request is: ``to_host`` for what the host answers itself, ``to_plugin``
+    for a route, ``refuse`` for an error. Body and answer then flow without the front.
+    """
+
+    def __init__(self, front: "Front", connection: HTTP1Connection) -> None:
+        self.base = "/"
+        self.id = ""
+        self.method = ""
+        self.path = ""
+        self.query = ""
+        self.status = 0
+        self.deadline = 0.0
+        self.started = front.loop.time()
+        self.slot: Slot | None = None
+        self._front = front
+        self._connection = connection
+        self._headers = HTTPHeaders()
+        self._handler: Callable[[Exchange, bytes], None] | None = None
+        self._route: tuple[int, list[str]] = (0, [])
+        self._worker: Worker | None = None
+        self._stream = 0
+        self._closed = False
+        # the request's body
+        self._buffer: list[bytes] = []
+        self._received = 0
+        self._request_ended = False
+        self._window = wire.WINDOW
+        self._room: asyncio.Future[None] | None = None
+        # the answer's body
+        self._headed = False
+        self._answer_ended = False
+        self._remaining: int | None = None
+        self._pending: list[bytes] = []
+        self._writing = 0
+        self._outstanding = 0
+
+    # ---- the request, from Tornado
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> "Awaitable[None] | None":
+        assert isinstance(start_line, RequestStartLine)
+        self._headers = headers
+        self.method = start_line.method
+        self.path, _, self.query = start_line.path.partition("?")
+        self._connection.set_close_callback(self.on_connection_close)
+        self._front.wait_for(self)
+        loading = self._front.loading(self)
+        if loading is None:
+            self._route_it()
+            return None
+        return self._route_after(loading)
+
+    async def _route_after(self, loading: "asyncio.Event") -> None:
+        waiting = asyncio.create_task(loading.wait())
+        await asyncio.wait({waiting}, timeout=self._front.settings.request_timeout)
+        waiting.cancel()
+        if not self._closed:
+            self._route_it()
+
+    def _route_it(self) -> None:
+        try:
+            length = self._headers.get("Content-Length", "0")
+            if length.isdigit() and int(length[:20]) > self._front.settings.max_body:
+                raise self._too_large()
+            self._front.route(self, self._headers)
+        except RequestError as error:
+            self.refuse(error)
+            if self._headers.get("Expect"):  # the client waits for leave to send the body, and gets the answer instead
+                self._finish()
+
+    def _too_large(self) -> RequestError:
+        return RequestError(f"The body is larger than {self._front.settings.max_body} bytes", status=413)
+
+    def data_received(self, chunk: bytes) -> "Awaitable[None] | None":
+        self._received += len(chunk)
+        if self._closed:
+            return None
+        if self._headed:  # answered already: the rest is read and dropped
+            if self._received > _DISCARD:
+                self._finish()
+            return None
+        if self._received > self._front.settings.max_body:
+            self._cancel()
+            self.refuse(self._too_large())
+            return None
+        self._front.wait_for(self)
+        if self._worker is not None:
+            self._send(chunk)
+        else:
+            self._buffer.append(chunk)
+            if self.slot is None or self._received <= _INLINE:
+                return None
+            # A long body whose worker is not there yet: ask for the worker, and read no more until it is.
+            self._window = 0
+            self.slot.submit(self)
+        if self._window > 0 or self._headed:
+            return None
+        self._room = self._front.loop.create_future()
+        return self._room
+
+    def finish(self) -> None:
+        self._request_ended = True
+        if self._closed:
+            return
+        if self._answer_ended:
+            self._finish()
+        elif self._handler is not None:
+            self._front.answering(self)
+            self._handler(self, b"".join(self._buffer))
+        elif self._worker is not None:
+            self._front.wait_for(self)
+            self._worker.send(wire.Body(self._stream, b"", True))
+        elif self.slot is not None and not self._headed:
+            self._front.wait_for(self)
+            self.slot.submit(self)
+
+    def on_connection_close(self) -> None:
+        if not self._closed:
+            self._cancel()
+            self._close()
+
+    # ---- where it goes, from the front
+
+    def to_host(self, handler: "Callable[[Exchange, bytes], None]") -> None:
+        """Call ``handler(exchange, body)`` once the body is there."""
+        self._handler = handler
+
+    def to_plugin(self, slot: "Slot", index: int, params: list[str]) -> None:
+        """Hand it to a worker of ``slot``, as route ``index``, once the body (or enough of it) is there."""
+        self.slot = slot
+        self._route = (index, params)
+
+    def to_runtime(self, slot: "Slot", index: int, body: bytes) -> None:
+        """Hand it, from its host handler, to the worker's runtime, with ``body`` for a body."""
+        self.to_plugin(slot, index, [])
+        self._buffer = [body]
+        self._front.wait_for(self)
+        slot.submit(self)
+
+    # ---- the worker, from its slot
+
+    def begin(self, worker: "Worker") -> None:
+        self._worker = worker
+        body, self._buffer = b"".join(self._buffer), []
+        whole = self._request_ended and len(body) <= _INLINE
+        self._window = wire.WINDOW
+        self._stream = worker.open(
+            self,
+            lambda id: wire.Request(
+                id,
+                self._route[0],
+                "GET" if self.method == "HEAD" else self.method,
+                self.path,
+                self.query,
+                self._route[1],
+                request_headers(self._headers),
+                self.id,
+                body if whole else b"",
+                whole,
+            ),
+        )
+        if not whole:
+            self._send(body)
+            if self._request_ended:
+                worker.send(wire.Body(self._stream, b"", True))
+        self._resume()
+
+    def _send(self, data: bytes) -> None:
+        # What Tornado has read is sent on whole: the window may be overdrawn by one read, then reading stops.
+        assert self._worker is not None
+        for start in range(0, len(data), wire.CHUNK):
+            self._worker.send(wire.Body(self._stream, data[start : start + wire.CHUNK], False))
+        self._window -= len(data)
+
+    def credit(self, size: int) -> None:
+        self._window += size
+        if self._window > 0:
+            self._resume()
+
+    def _resume(self) -> None:
+        """Read on."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    def _cancel(self) -> None:
+        """Tell the worker, or the queue, that nobody waits any more."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.cancel(self._stream)
+        elif self.slot is not None:
+            self.slot.forget(self)
+
+    def timed_out(self) -> None:
+        """Its deadline has passed: the client's, the queue's or the handler's, depending on who is waited for."""
+        waited, worker = not self._request_ended, self._worker
+        self._cancel()
+        limit = f"{self._front.settings.request_timeout:g} s"
+        if self._headed:
+            self._break_off()
+        elif waited:
+            self.refuse(RequestError(f"The request's body did not arrive for {limit}", status=408))
+            self._finish()
+        elif worker is not None:
+            self.refuse(RequestTimeoutError(f"The plugin did not answer within {limit}"))
+        else:
+            self.refuse(UnavailableError(f"No worker became free within {limit}"))
+
+    # ---- the answer, from the worker
+
+    def head(self, message: wire.ResponseHead) -> None:
+        if self._headed:
+            self._misbehaved()
+            return
+        try:
+            headers, length = plugin_headers(message.headers, self.base)
+        except BadResponseError:
+            if message.end:
+                self._worker = None
+            self._cancel()
+            self.refuse(WorkerLostError("The plugin answered with a malformed header"))
+            return
+        if message.end:
+            self._worker = None
+            length = len(message.body)
+        bodiless = message.status in _BODILESS
+        if length is not None and not bodiless:
+            headers["Content-Length"] = str(length)
+        if message.end or bodiless or self.method == "HEAD":
+            self._cancel()
+            self._write_head(message.status, headers, b"" if bodiless or self.method == "HEAD" else message.body)
+            self._end_answer()
+            return
+        self._remaining = length
+        self._wait_for_client(0, self._write_head(message.status, headers, b""))
+        if message.body:
+            self._more(message.body)
+
+    def body(self, message: wire.Body) -> None:
+        if message.end:
+            self._worker = None
+        if not self._headed:
+            self._cancel()
+            self.refuse(WorkerLostError("The plugin broke off its answer"))
+        elif self._more(message.data) and message.end:
+            if self._remaining:
+                self._break_off()
+            else:
+                self._end_answer()
+
+    def _more(self, data: bytes) -> bool:
+        """Take in a piece of the body; whether that was allowed."""
+        self._outstanding += len(data)
+        if self._remaining is not None:
+            self._remaining -= len(data)
+        if self._outstanding > wire.WINDOW or (self._remaining is not None and self._remaining < 0):
+            self._misbehaved()
+            return False
+        if data:
+            self._pending.append(data)
+            self._write_pending()
+        return True
+
+    def failed(self, error: RequestError) -> None:
+        self._worker = None
+        if self._headed:
+            self._break_off()
+        else:
+            self.refuse(error)
+
+    def _misbehaved(self) -> None:
+        worker, self._worker = self._worker, None
+        self._break_off()
+        if worker is not None:
+            worker.misbehaved("an answer with two heads, more bytes than it announced, or more than was granted")
+
+    # ---- the answer, to Tornado
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer with an error as JSON."""
+        self.answer(Answer(error.status, {"error": error.message}, error.headers))
+
+    def answer(self, answer: Answer) -> None:
+        """Answer with something of the host's own."""
+        if self._headed or self._closed:
+            return
+        headers = HTTPHeaders(answer.headers)
+        body = b""
+        if answer.status not in _BODILESS:
+            body = msgspec.json.encode(answer.body)
+            headers["Content-Type"] = "application/json"
+            headers["Content-Length"] = str(len(body))
+            headers["X-Content-Type-Options"] = "nosniff"
+            headers["Cache-Control"] = "no-store"
+        self._write_head(answer.status, headers, b"" if self.method == "HEAD" else body)
+        self._end_answer()
+
+    def _write_head(self, status: int, headers: HTTPHeaders, body: bytes) -> "asyncio.Future[None]":
+        self._headed = True
+        self.status = status
+        headers["Date"] = self._front.date()
+        headers["Server"] = "hayhost"
+        self._front.answering(self)
+        future = self._connection.write_headers(start_line(status), headers, body)
+        self._resume()  # an upload that nobody wants any more is read to its end and dropped
+        return future
+
+    def _write_pending(self) -> None:
+        if not self._writing and self._pending and not self._closed:
+            data, self._pending = b"".join(self._pending), []
+            self._wait_for_client(len(data), self._connection.write(data))
+
+    def _wait_for_client(self, size: int, written: "asyncio.Future[None]") -> None:
+        """Write nothing more, and grant the worker nothing more, until the client has taken ``size`` bytes."""
+        self._writing += 1
+        self._front.wait_for(self)
+
+        def done(_future: "asyncio.Future[None]") -> None:
+            self._writing -= 1
+            if self._closed:
+                return
+            self._front.answering(self)
+            self._outstanding -= size
+            if size and self._worker is not None:
+                self._worker.send(wire.Window(self._stream, size))
+            self._write_pending()
+
+        written.add_done_callback(done)
+
+    def _end_answer(self) -> None:
+        self._answer_ended = True
+        if self._request_ended:
+            self._finish()
+        elif not self._closed:
+            self._front.wait_for(self)  # not for ever: the client may be sending something endless
+
+    def _finish(self) -> None:
+        if self._closed:
+            return
+        if self._pending:
+            self._connection.write(b"".join(self._pending))
+            self._pending.clear()
+        self._close()
+        self._connection.finish()
+
+    def _break_off(self) -> None:
+        """Close the connection, so that the client cannot take what it has for the whole."""
+        if not self._closed:
+            self._close()
+            self._connection.close()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._resume()
+        self._front.closed(self)

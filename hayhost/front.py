@@ -1,0 +1,383 @@
+"""The way from a URL to a worker, and the one place where errors become HTTP."""
+
+import asyncio
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from email.utils import formatdate
+from typing import Any, Final, Protocol
+
+import msgspec
+from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerConnectionDelegate
+
+from sandbox import confinement, wire
+
+from . import lifecycle
+from .catalog import Plugin, PluginState
+from .errors import RequestError, UnavailableError
+from .exchange import Answer, Exchange
+from .installs import Auth, Installation, Installs
+from .logs import get_logger
+from .pool import Pool, Slot
+from .routes import HOST_ROUTES, Match
+from .settings import Settings
+from .states import WorkerState
+
+__all__ = ["ORG_ID", "Front", "OneOrg", "Place", "Site"]
+
+ORG_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""An org's id. It stands in URLs as it is: no encoded form of it is recognised."""
+
+_WORKER_URL = re.compile(r"/plugins/([a-z0-9][a-z0-9-]{0,63})/([A-Za-z0-9][A-Za-z0-9_.-]{0,127})(/.*)?", re.DOTALL)
+_TICK: Final = 0.25
+
+Host = Callable[["Place", bytes], Awaitable[Answer]]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a URL leads: a plugin, an org that has it, and the path below the worker's root."""
+
+    plugin: Plugin
+    org_id: str
+    installation: Installation
+    base: str
+    path: str
+
+
+class Layout(Protocol):
+    """How URLs lead to places."""
+
+    def find(self, path: str) -> Place:
+        """The place of ``path``. Raises ``RequestError`` with status 404 if there is none."""
+        ...
+
+    def own(self, path: str) -> "Callable[[], Answer] | None":
+        """What answers a path of the host's own, outside every worker."""
+        ...
+
+
+class Site:
+    """``hayhost serve``: ``/plugins/<name>/<org>/...`` beside the host's own pages."""
+
+    def __init__(self, plugins: Mapping[str, Plugin], installs: Installs) -> None:
+        self._plugins = plugins
+        self._installs = installs
+        self.ready = False
+        self._own = {"/healthz": self._healthz, "/readyz": self._readyz}
+
+    def find(self, path: str) -> Place:
+        found = _WORKER_URL.fullmatch(path)
+        plugin = self._plugins.get(found[1]) if found else None
+        if found is None or plugin is None:
+            raise RequestError("There is nothing at this address", status=404)
+        installation = self._installs.find(plugin.name, found[2])
+        if installation is None or not installation.enabled:
+            raise RequestError("This plugin is not installed for this organisation", status=404)
+        return Place(plugin, found[2], installation, f"/plugins/{found[1]}/{found[2]}/", found[3] or "/")
+
+    def own(self, path: str) -> "Callable[[], Answer] | None":
+        return self._own.get(path)
+
+    def _healthz(self) -> Answer:
+        return Answer(200, {"status": "ok"})
+
+    def _readyz(self) -> Answer:
+        states = {name: plugin.state.value for name, plugin in self._plugins.items()}
+        if self.ready and all(state != PluginState.LOADING.value for state in states.values()):
+            return Answer(200, {"status": "ready", "plugins": states})
+        return Answer(503, {"error": "The plugins are still loading", "plugins": states}, {"Retry-After": "1"})
+
+
+class OneOrg:
+    """``hayhost run``: one plugin for one org, at the root."""
+
+    def __init__(self, plugin: Plugin, org_id: str, installs: Installs) -> None:
+        self._plugin = plugin
+        self._org_id = org_id
+        self._installs = installs
+
+    def find(self, path: str) -> Place:
+        installation = self._installs.find(self._plugin.name, self._org_id)
+        assert installation is not None
+        return Place(self._plugin, self._org_id, installation, "/", path)
+
+    def own(self, path: str) -> None:
+        return None
+
+
+class Front(HTTPServerConnectionDelegate):
+    """Takes each request to where it belongs."""
+
+    def __init__(self, settings: Settings, pool: Pool, layout: Layout, *, access_log: bool = False) -> None:
+        self.settings = settings
+        self.loop = asyncio.get_running_loop()
+        self.open: set[Exchange] = set()
+        self.stopping = False
+        self._pool = pool
+        self._layout = layout
+        self._access_log = access_log
+        self._due: OrderedDict[Exchange, None] = OrderedDict()  # all have the same limit, so the first is due first
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = f"{os.urandom(4).hex()}-{{}}".format
+        self._count = 0
+        self._date = (0, "")
+        self._ticker = self.loop.create_task(self._tick())
+        self._hosts: dict[str, Host] = {
+            "/metadata": self._metadata,
+            "/health": self._health,
+            "/validate-auth": self._validate_auth,
+            "/config-update": self._config_update,
+            "/disable": self._disable,
+        }
+        self.nothing_open = asyncio.Event()
+        self.nothing_open.set()
+
+    def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
+        assert isinstance(request_conn, HTTP1Connection)
+        return Exchange(self, request_conn)
+
+    # ---- what exchanges tell
+
+    def wait_for(self, exchange: Exchange) -> None:
+        """The request's limit runs from now: the client, a worker or a queue is waited for."""
+        self.open.add(exchange)
+        exchange.deadline = self.loop.time() + self.settings.request_timeout
+        self._due[exchange] = None
+        self._due.move_to_end(exchange)
+        self.nothing_open.clear()
+
+    def answering(self, exchange: Exchange) -> None:
+        """Nobody is waited for just now."""
+        self._due.pop(exchange, None)
+
+    def closed(self, exchange: Exchange) -> None:
+        """The exchange is over."""
+        self._due.pop(exchange, None)
+        self.open.discard(exchange)
+        if not self.open:
+            self.nothing_open.set()
+        if self._access_log:
+            slot = exchange.slot
+            where = {"plugin": slot.plugin.name, "org": slot.org_id} if slot else {}
+            took = round((self.loop.time() - exchange.started) * 1000, 1)
+            get_logger().info(
+                f"{exchange.method} {exchange.path[:200]}", **where, status=exchange.status, ms=took, request=exchange.id
+            )
+
+    def date(self) -> str:
+        """Now, as HTTP writes it."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK)
+            now = self.loop.time()
+            while self._due:
+                exchange = next(iter(self._due))
+                if exchange.deadline > now:
+                    break
+                del self._due[exchange]
+                exchange.timed_out()
+
+    def close(self) -> None:
+        """Stop the clock."""
+        self._ticker.cancel()
+        for task in self._tasks:
+            task.cancel()
+
+    # ---- routing
+
+    def loading(self, exchange: Exchange) -> asyncio.Event | None:
+        """What to wait for before the request can be routed: the first load of its plugin."""
+        try:
+            plugin = self._layout.find(exchange.path).plugin if self._layout.own(exchange.path) is None else None
+        except RequestError:
+            return None
+        return plugin.settled if plugin is not None and not plugin.settled.is_set() else None
+
+    def route(self, exchange: Exchange, headers: HTTPHeaders) -> None:
+        """Decide where a request goes. Raises ``RequestError`` if it goes nowhere."""
+        if not exchange.path.startswith("/"):
+            raise RequestError("The request's target must be a path", status=400)
+        if len(headers.get_list("Host")) > 1:
+            raise RequestError("More than one Host header", status=400)
+        own = self._layout.own(exchange.path)
+        if own is not None:
+            self._need_method(exchange, frozenset({"GET", "HEAD"}))
+            exchange.to_host(lambda exchange, _body: exchange.answer(own()))
+            return
+        if self.stopping:
+            raise UnavailableError("The host is stopping")
+        place = self._layout.find(exchange.path)
+        self._count += 1
+        exchange.id = self._ids(self._count)
+        exchange.base, exchange.path = place.base, place.path
+        method = HOST_ROUTES.get(place.path)
+        if method is not None:
+            self._need_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method}))
+            exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
+            return
+        found = place.plugin.routes.match(exchange.method, place.path)
+        if isinstance(found, Match):
+            exchange.to_plugin(self._pool.slot(place.plugin, place.org_id), found.index, found.params)
+        elif place.plugin.state is not PluginState.READY and not found:
+            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
+        elif not found:
+            raise RequestError("The plugin has no such route", status=404)
+        else:
+            self._need_method(exchange, found)
+
+    def _need_method(self, exchange: Exchange, allowed: frozenset[str]) -> None:
+        if exchange.method in allowed:
+            return
+        allow = ", ".join(sorted(allowed | {"OPTIONS"}))
+        if exchange.method == "OPTIONS":
+            exchange.to_host(lambda exchange, _body: exchange.answer(Answer(204, None, {"Allow": allow})))
+        else:
+            raise RequestError(f"This path answers {allow}", status=405, headers={"Allow": allow})
+
+    # ---- what the host answers for a worker
+
+    def _answer(self, exchange: Exchange, place: Place, body: bytes) -> None:
+        if place.path == "/mcp/list-tools":
+            self._list_tools(exchange, place)
+        elif place.path == "/mcp/call-tool":
+            self._call_tool(exchange, place, body)
+        else:
+            task = self.loop.create_task(self._run(exchange, self._hosts[place.path](place, body)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, exchange: Exchange, answer: Awaitable[Answer]) -> None:
+        try:
+            exchange.answer(await answer)
+        except RequestError as error:
+            exchange.refuse(error)
+        except asyncio.CancelledError:
+            exchange.refuse(UnavailableError("The host is stopping"))
+            raise
+        except Exception as error:  # a bug of ours: the client learns no more than that
+            get_logger().exception("an internal error", request=exchange.id, path=exchange.path, reason=repr(error))
+            exchange.refuse(RequestError("Internal server error"))
+
+    async def _metadata(self, place: Place, _body: bytes) -> Answer:
+        if place.plugin.state is not PluginState.READY:
+            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
+        slot = self._pool.slots.get((place.plugin.name, place.org_id))
+        running = slot.worker.mcp_servers if slot and slot.worker else []
+        metadata = msgspec.to_builtins(place.plugin.metadata)
+        return Answer(200, {**metadata, "mcp": {"local": [{"id": id} for id in running], "external": []}})
+
+    async def _health(self, place: Place, _body: bytes) -> Answer:
+        plugin = place.plugin
+        slot = self._pool.slots.get((plugin.name, place.org_id))
+        worker = slot.worker if slot else None
+        state = slot.state if slot else WorkerState.STOPPED
+        error = (slot.last_error if slot else "") or place.installation.problem
+        if plugin.state is PluginState.ERROR:
+            state, error = WorkerState.ERROR, plugin.error
+        servers = worker.mcp_servers if worker else []
+        body = {
+            "status": state.health,
+            "state": state.label,
+            "uptime": round(time.time() - worker.lifecycle.since, 3) if worker and state.serving else 0,
+            "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "pid": worker.pid if worker else None,
+            "orgId": place.org_id,
+            "plugin": plugin.name,
+            "version": plugin.manifest.version,
+            "mcpServers": {"count": len(servers), "servers": servers},
+            "memory": _memory(worker.pid if worker else 0),
+            "isolation": confinement.level(),
+            "sharing": "strict" if plugin.strict else "fork",
+            "lastError": error or None,
+        }
+        if plugin.strict:
+            body["sharingReason"] = plugin.strict_reason
+        return Answer(503 if state.health == "unhealthy" else 200, body)
+
+    async def _validate_auth(self, place: Place, body: bytes) -> Answer:
+        refused = Answer(400, {"valid": False, "error": "Invalid auth state format"})
+        try:
+            request = _json_object(body)
+            auth = msgspec.convert(request.get("authState"), Auth)
+            config = msgspec.convert(request.get("config"), dict[str, Any] | None)
+        except (RequestError, msgspec.ValidationError):
+            return refused
+        if not auth.method_id:
+            return refused
+        slot = self._pool.slot(place.plugin, place.org_id)
+        valid = await lifecycle.validate_auth(self._pool, slot, place.installation, auth, config)
+        return Answer(200, {"valid": valid})
+
+    async def _config_update(self, place: Place, body: bytes) -> Answer:
+        try:
+            config = _json_object(body).get("config")
+        except RequestError:
+            config = None
+        if not isinstance(config, dict):
+            return Answer(400, {"success": False, "error": "Config object required"})
+        slot = self._pool.slot(place.plugin, place.org_id)
+        await lifecycle.update_config(self._pool, slot, place.installation, config)
+        return Answer(200, {"success": True})
+
+    async def _disable(self, place: Place, _body: bytes) -> Answer:
+        slot = self._pool.slot(place.plugin, place.org_id)
+        await lifecycle.disable(self._pool, slot, place.installation)
+        return Answer(200, {"success": True})
+
+    def _list_tools(self, exchange: Exchange, place: Place) -> None:
+        if "mcp" not in place.plugin.manifest.capabilities:
+            exchange.answer(Answer(200, {"tools": []}))
+        else:
+            exchange.to_runtime(self._pool.slot(place.plugin, place.org_id), wire.LIST_TOOLS, b"")
+
+    def _call_tool(self, exchange: Exchange, place: Place, body: bytes) -> None:
+        try:
+            call = _json_object(body)
+            name, arguments = call.get("toolName"), call.get("arguments")
+            if not isinstance(name, str) or not name:
+                raise RequestError("Tool name required", status=400)
+            if arguments is not None and not isinstance(arguments, dict):
+                raise RequestError("arguments must be an object", status=400)
+            if "mcp" not in place.plugin.manifest.capabilities:
+                raise RequestError(f"No MCP server found for tool: {name}", status=404)
+        except RequestError as error:
+            exchange.refuse(error)
+            return
+        exchange.to_runtime(self._pool.slot(place.plugin, place.org_id), wire.CALL_TOOL, body)
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise RequestError("The body is not valid JSON", status=400) from None
+    if not isinstance(value, dict):
+        raise RequestError("The body must be a JSON object", status=400)
+    return value
+
+
+def _first_line(plugin: Plugin) -> str:
+    return plugin.error.partition("\n")[0] or "it is still loading"
+
+
+def _memory(pid: int) -> dict[str, int | None]:
+    """Resident and proportional set size in bytes, ``None`` where the kernel does not say."""
+    sizes: dict[str, int | None] = {"rss": None, "pss": None}
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            for line in file:
+                key = line.partition(b":")[0].decode().lower()
+                if key in sizes:
+                    sizes[key] = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return sizes

@@ -1,0 +1,165 @@
+"""Puts a host together: what is started in which order, and stopped in the reverse one."""
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+
+from .catalog import Plugin, load_all
+from .errors import HostError
+from .front import Front, Layout
+from .installs import Installs
+from .logs import get_logger
+from .manifest import Manifest
+from .pool import Pool
+from .processes import Nursery
+from .settings import Settings
+
+__all__ = ["Host", "PortTakenError", "check_address"]
+
+# Zygotes import in parallel, but no more at once than there are processors to import on.
+_LOAD_AT_ONCE: Final = max(2, os.cpu_count() or 1)
+# An idle keep-alive connection, or one that takes its time over the headers, is closed after this long.
+_IDLE_CONNECTION: Final = 75.0
+_MAX_HEADER: Final = 64 << 10
+
+
+class PortTakenError(HostError):
+    """The server could not listen."""
+
+    exit_code = 2
+
+
+def check_address(host: str) -> None:
+    """Raises ``HostError`` unless ``host`` is a loopback address: anyone who reaches the host can manage it."""
+    try:
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise HostError(
+            f"{host} is not a loopback address, and anyone who reaches the host could manage its plugins. "
+            "Listen on 127.0.0.1 and put a reverse proxy with access control in front"
+        )
+
+
+class Host:
+    """The running parts of ``serve``, ``dev`` and ``run``; an async context manager."""
+
+    def __init__(self, settings: Settings, installs: Installs) -> None:
+        self.settings = settings
+        self.installs = installs
+        self.nursery = Nursery(self._nursery_lost)
+        self.plugins: dict[str, Plugin] = {}
+        self.pool = Pool(settings, installs)
+        self.stop_hook = "on_stop"
+        """The hook that ends workers when the host stops."""
+        self.front: Front | None = None
+        self._server: HTTPServer | None = None
+        self._stopping = asyncio.Event()
+
+    async def __aenter__(self) -> "Host":
+        _raise_descriptor_limit()
+        await self.nursery.start()
+        return self
+
+    def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
+        """Make a plugin known; ``load`` loads it."""
+        plugin = Plugin(manifest, self.nursery, hook_timeout=self.settings.hook_timeout, instrument=instrument)
+        plugin.changed = lambda: self.pool.drop_spares(plugin)
+        self.plugins[plugin.name] = plugin
+        return plugin
+
+    async def load(self) -> None:
+        """Load every plugin; those that do not load are logged and served as errors."""
+        await load_all(self.plugins.values(), _LOAD_AT_ONCE)
+
+    def listen(self, layout: Layout, *, access_log: bool = False) -> int:
+        """Serve HTTP from now on; the port. Raises ``PortTakenError``."""
+        check_address(self.settings.host)
+        try:
+            sockets = bind_sockets(self.settings.port, self.settings.host, family=socket.AF_UNSPEC, backlog=1024)
+        except OSError as error:
+            raise PortTakenError(
+                f"cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror or error}"
+            ) from None
+        self.front = Front(self.settings, self.pool, layout, access_log=access_log)
+        self._server = HTTPServer(
+            self.front,
+            no_keep_alive=False,
+            max_header_size=_MAX_HEADER,
+            idle_connection_timeout=_IDLE_CONNECTION,
+            max_body_size=1 << 62,  # the front has its own limit, and answers 413 where this one would hang up
+        )
+        self._server.add_sockets(sockets)
+        port: int = sockets[0].getsockname()[1]
+        return port
+
+    def _nursery_lost(self) -> None:
+        self.pool.spawn(self._renew())
+
+    async def _renew(self) -> None:
+        """New zygotes from a new nursery, then new workers from those: the old ones would outlive a killed host."""
+        for plugin in self.plugins.values():
+            await plugin.renew()
+            for worker, slot in list(self.pool.lru.items()):
+                if slot.plugin is plugin and worker.zygote is not plugin.zygote:
+                    await slot.replace("the nursery was started anew")
+            plugin.retire()
+
+    def handle_signals(self, stopping: Callable[[], None] = lambda: None) -> None:
+        """Stop on SIGTERM or SIGINT; a second signal while stopping is only warned about."""
+
+        def received(number: int) -> None:
+            name = signal.Signals(number).name
+            if self._stopping.is_set():
+                get_logger().warning(f"{name} ignored: already stopping")
+            else:
+                get_logger().info(f"{name} received: stopping")
+                self._stopping.set()
+                stopping()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, received, number)
+
+    async def stopped(self) -> None:
+        """Wait for a signal."""
+        await self._stopping.wait()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal has come."""
+        return self._stopping.is_set()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.stop()
+        if self.front is not None:
+            self.front.stopping = True
+            try:
+                async with asyncio.timeout(self.settings.drain_timeout):
+                    await self.front.nothing_open.wait()
+            except TimeoutError:
+                get_logger().warning("requests are broken off", requests=len(self.front.open))
+        await self.pool.close(self.stop_hook)
+        if self.front is not None:
+            self.front.close()
+        if self._server is not None:
+            await self._server.close_all_connections()
+        for plugin in self.plugins.values():
+            plugin.close()
+        await self.nursery.stop()
+
+
+def _raise_descriptor_limit() -> None:
+    """Each worker costs the front two descriptors: take as many as the machine gives."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,426 @@
+"""Workers for orgs: started when a request needs one, shared by all requests, stopped when idle, bounded in number."""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol
+
+from .catalog import Plugin
+from .errors import QueueFullError, RequestError, StartFailedError, UnavailableError
+from .installs import Installation, Installs
+from .logs import PluginLog, get_logger
+from .settings import Settings
+from .states import WorkerState
+from .supervisor import Backoff, Breaker
+from .worker import SLACK, Worker
+
+__all__ = ["Pool", "Slot", "Waiter"]
+
+_TICK: Final = 0.5
+# Handlers that were cancelled and still run after this many seconds are stuck: their worker is replaced.
+_STUCK_AFTER: Final = 3.0
+# Spares are refilled when nothing has been started for this long, so that no start waits for them.
+_REFILL_AFTER: Final = 0.05
+
+
+class Waiter(Protocol):
+    """A request that needs a worker."""
+
+    def begin(self, worker: Worker) -> None:
+        """The worker is ready for it."""
+
+    def failed(self, error: RequestError) -> None:
+        """It will not get one."""
+
+
+class Slot:
+    """One org's plugin: its worker if there is one, the requests that wait for it, and how its starts went."""
+
+    def __init__(self, pool: "Pool", plugin: Plugin, org_id: str) -> None:
+        self.plugin = plugin
+        self.org_id = org_id
+        self.worker: Worker | None = None
+        self.lock = asyncio.Lock()
+        """Held by whoever changes the org's settings or its worker on purpose."""
+        self.backoff = Backoff()
+        self.breaker = Breaker()
+        self.last_error = ""
+        self.restarts = 0
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        self._pool = pool
+        self._starting: asyncio.Task[None] | None = None
+        self._down = False  # crashed, and not started again yet
+
+    @property
+    def state(self) -> WorkerState:
+        """What the org's plugin is doing now."""
+        if self.worker is not None:
+            return self.worker.lifecycle.state
+        if self._starting is not None and not self._starting.done():
+            return WorkerState.STARTING
+        return WorkerState.ERROR if self.breaker.reason or self._down else WorkerState.STOPPED
+
+    def submit(self, waiter: Waiter) -> None:
+        """Give ``waiter`` the worker, now or when there is one, or tell it why not."""
+        worker = self.worker
+        pool = self._pool
+        if worker is not None and worker.lifecycle.state.serving and not self.queue:
+            if len(worker.streams) < pool.settings.max_requests:
+                waiter.begin(worker)
+                return
+        else:
+            wait = self.breaker.refuses_for(pool.loop.time())
+            if wait > 0:
+                waiter.failed(UnavailableError(f"The worker does not start: {self.breaker.reason}", wait))
+                return
+        if len(self.queue) >= pool.settings.max_queue:
+            waiter.failed(QueueFullError("Too many requests wait for this worker"))
+            return
+        self.queue[waiter] = None
+        if worker is None:
+            self.ensure_starting()
+
+    def forget(self, waiter: Waiter) -> None:
+        """A waiting request's client has left, or its time is up."""
+        self.queue.pop(waiter, None)
+
+    def ensure_starting(self) -> None:
+        """Start a worker unless that is under way."""
+        if self._starting is None or self._starting.done():
+            self._starting = self._pool.spawn(self._start())
+
+    async def _start(self) -> None:
+        if (delay := self.backoff.remaining(self._pool.loop.time())) > 0:
+            await asyncio.sleep(delay)
+        async with self.lock:
+            if self.worker is not None:
+                return
+            installation = self._pool.installs.find(self.plugin.name, self.org_id)
+            if installation is None or not installation.enabled:
+                self._fail_queue(RequestError("This plugin is not installed for this organisation", status=404))
+                return
+            try:
+                worker = await self.launch(installation)
+            except RequestError as error:
+                self._fail_queue(error)
+                return
+            self.adopt(worker)
+
+    async def launch(self, installation: Installation, *, serve: bool = True) -> Worker:
+        """A new worker of this org, ready. Raises ``StartFailedError`` and the like, which are counted if it serves."""
+        pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
+        worker: Worker | None = None
+        try:
+            worker = await pool.take(self.plugin)
+            worker.start(installation, self.plugin.env, serve=serve, hook_timeout=hook_timeout)
+            degraded = await worker.ready(hook_timeout + SLACK)
+        except RequestError as error:
+            if worker is not None:
+                worker.kill()
+            if serve:
+                self.breaker.failed(pool.loop.time(), error.message)
+                self.last_error = error.message
+                get_logger().error(
+                    "a worker did not start", plugin=self.plugin.name, org=self.org_id, reason=error.message
+                )
+            if isinstance(error, UnavailableError):
+                raise
+            raise StartFailedError(error.message) from None
+        except asyncio.CancelledError:
+            if worker is not None:
+                worker.kill()
+            raise
+        if serve:
+            self.breaker.succeeded()
+            if degraded:
+                self.last_error = degraded
+        return worker
+
+    def adopt(self, worker: Worker) -> None:
+        """Let ``worker`` serve from now on; requests that wait go to it."""
+        self.worker, self._down = worker, False
+        self._pool.serving(worker, self)
+        worker.released = lambda: self._released(worker)
+        self.pump()
+
+    def _released(self, worker: Worker) -> None:
+        self._pool.touch(worker)
+        if self.queue:
+            self.pump()
+
+    def pump(self) -> None:
+        """Give waiting requests to the worker, as many as it may have."""
+        while self.queue and self.worker is not None and self.worker.lifecycle.state.serving:
+            if len(self.worker.streams) >= self._pool.settings.max_requests:
+                return
+            self.queue.popitem(last=False)[0].begin(self.worker)
+
+    def _fail_queue(self, error: RequestError) -> None:
+        queue, self.queue = self.queue, OrderedDict()
+        for waiter in queue:
+            waiter.failed(error)
+
+    def release(self) -> Worker | None:
+        """Take the worker out of service; the caller stops it."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            self._pool.lru.pop(worker, None)
+        return worker
+
+    def crashed(self, worker: Worker, reason: str) -> None:
+        """``worker`` ended without being told to."""
+        if worker is not self.worker:
+            return
+        self.worker, self._down = None, True
+        self.last_error = f"the worker died while it served: {reason}"
+        self.backoff.crashed(self._pool.loop.time())
+        self.restarts += 1
+        get_logger().error(
+            "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=reason
+        )
+        self.ensure_starting()
+
+    async def replace(self, reason: str) -> None:
+        """Start a new worker beside the serving one, swap, and let the old one finish. Keeps the old one on failure."""
+        async with self.lock:
+            await self.replace_locked(reason)
+
+    async def replace_locked(self, reason: str) -> None:
+        """As ``replace``, for whoever holds the lock."""
+        old = self.worker
+        installation = self._pool.installs.find(self.plugin.name, self.org_id)
+        if old is None or installation is None:
+            return
+        try:
+            worker = await self.launch(installation)
+        except RequestError as error:
+            get_logger().error(
+                "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
+            )
+            return
+        old = self.release() or old
+        self.adopt(worker)
+        get_logger().info("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
+        self._pool.spawn(self._pool.retire(old))
+
+    def close(self) -> None:
+        """Fail what waits: the host is stopping."""
+        if self._starting is not None:
+            self._starting.cancel()
+        self._fail_queue(UnavailableError("The host is stopping"))
+
+
+class Pool:
+    """All workers of the host."""
+
+    def __init__(self, settings: Settings, installs: Installs) -> None:
+        self.settings = settings
+        self.installs = installs
+        self.loop = asyncio.get_running_loop()
+        self.slots: dict[tuple[str, str], Slot] = {}
+        self.workers: dict[Worker, Slot | None] = {}
+        """Every live worker, with the slot it serves if it does."""
+        self.lru: OrderedDict[Worker, Slot] = OrderedDict()
+        """Serving workers, the longest unused first."""
+        self.spares: dict[str, deque[Worker]] = {}
+        self.keep_idle = False
+        """Whether workers stay however long they are idle (``hayhost run``)."""
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        self._last_start = 0.0
+        self._ticker = self.spawn(self._tick())
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run a task that the pool owns; what it raises is logged, never lost."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            get_logger().error("an internal task failed", reason=repr(error))
+
+    def slot(self, plugin: Plugin, org_id: str) -> Slot:
+        """The slot of ``plugin`` for an org, made if there is none yet."""
+        slot = self.slots.get((plugin.name, org_id))
+        if slot is None:
+            slot = self.slots[plugin.name, org_id] = Slot(self, plugin, org_id)
+        return slot
+
+    # ---- processes
+
+    async def take(self, plugin: Plugin) -> Worker:
+        """A worker of ``plugin`` that has said hello and has no org: a spare, or a new one once there is room.
+
+        Raises ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
+        """
+        self._last_start = self.loop.time()
+        spares = self.spares.get(plugin.name)
+        while spares:
+            worker = spares.popleft()
+            if not worker.exit.done():
+                return worker
+        await self._make_room()
+        return await self._fork(plugin)
+
+    async def _fork(self, plugin: Plugin) -> Worker:
+        zygote = await plugin.ready_zygote() if not plugin.strict else await plugin.spawn()
+        log = PluginLog(plugin=plugin.name, version=plugin.manifest.version)
+        worker = Worker(zygote, log, self._gone, strict=plugin.strict)
+        self.workers[worker] = None
+        try:
+            async with asyncio.timeout(self.settings.hook_timeout + SLACK):
+                await asyncio.shield(worker.hello)
+        except TimeoutError:
+            worker.kill()
+            raise StartFailedError("it did not say hello in time") from None
+        return worker
+
+    async def _make_room(self) -> None:
+        while len(self.workers) >= self.settings.max_workers and not self._closing:
+            draining = sum(worker.lifecycle.state is WorkerState.DRAINING for worker in self.workers)
+            if len(self.workers) - draining < self.settings.max_workers and draining <= self._most_draining:
+                return
+            if draining <= self._most_draining and self._evict():
+                continue
+            room: asyncio.Future[None] = self.loop.create_future()
+            self._room.append(room)
+            await room
+
+    @property
+    def _most_draining(self) -> int:
+        # Workers that are on their way out do not hold up a start, unless they pile up.
+        return max(8, self.settings.max_workers // 10)
+
+    def _evict(self) -> bool:
+        """Make the least useful worker leave: a spare, else the one idle for the longest."""
+        for spares in self.spares.values():
+            if spares:
+                spares.popleft().kill()
+                return True
+        for worker, slot in self.lru.items():
+            if worker.idle and not slot.lock.locked():
+                slot.release()
+                self.spawn(self.retire(worker))
+                return True
+        return False
+
+    def serving(self, worker: Worker, slot: Slot) -> None:
+        """``worker`` serves ``slot`` from now on."""
+        self.workers[worker] = slot
+        self.lru[worker] = slot
+
+    def touch(self, worker: Worker) -> None:
+        """A request of ``worker`` has ended."""
+        if worker in self.lru:
+            self.lru.move_to_end(worker)
+        if self._room and worker.idle:
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        while self._room:
+            room = self._room.popleft()
+            if not room.done():
+                room.set_result(None)
+                return
+
+    def _gone(self, worker: Worker, reason: str) -> None:
+        slot = self.workers.pop(worker, None)
+        self.lru.pop(worker, None)
+        if worker.strict:
+            worker.zygote.close()
+        if slot is not None and not self._closing:
+            slot.crashed(worker, reason)
+        self._wake_one()
+
+    async def retire(self, worker: Worker, hook: str = "on_stop") -> None:
+        """Stop a worker that is out of service already."""
+        if not worker.exit.done():
+            await worker.stop(hook, self.settings.drain_timeout, self.settings.hook_timeout)
+
+    # ---- upkeep
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK)
+            now = self.loop.time()
+            for worker, slot in list(self.lru.items()):
+                if worker.used < now - self.settings.idle_timeout:
+                    if worker.idle and not slot.lock.locked() and not self.keep_idle:
+                        self._stop_idle(worker, slot)
+                elif worker.idle and not worker.cancelled:
+                    worker.pinged = None
+                self._check(worker, slot, now)
+            self._refill(now)
+
+    def _stop_idle(self, worker: Worker, slot: Slot) -> None:
+        slot.release()
+        self.spawn(self.retire(worker))
+        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
+            self.slots.pop((slot.plugin.name, slot.org_id), None)
+
+    def _check(self, worker: Worker, slot: Slot, now: float) -> None:
+        """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""
+        if worker.idle:
+            return
+        if worker.pinged is not None and now - worker.pinged > self.settings.ping_timeout:
+            get_logger().error(
+                "a worker does not answer pings; replacing it", plugin=slot.plugin.name, org=slot.org_id, worker=worker.pid
+            )
+            slot.last_error = f"the worker did not answer pings for {self.settings.ping_timeout:g} s and was replaced"
+            worker.kill()
+        elif any(now - since > _STUCK_AFTER for since in worker.cancelled.values()) and not slot.lock.locked():
+            slot.last_error = "a handler did not end after its request was cancelled; the worker was replaced"
+            get_logger().error(slot.last_error, plugin=slot.plugin.name, org=slot.org_id, worker=worker.pid)
+            self.spawn(slot.replace("a handler is stuck"))
+        else:
+            worker.ping(now)
+
+    def _refill(self, now: float) -> None:
+        if self._closing or now - self._last_start < _REFILL_AFTER or len(self.workers) >= self.settings.max_workers:
+            return
+        in_use = {slot.plugin.name: slot.plugin for slot in self.lru.values()}
+        for name, plugin in in_use.items():
+            spares = self.spares.setdefault(name, deque())
+            while spares and spares[0].exit.done():
+                spares.popleft()
+            if len(spares) < self.settings.spares and not plugin.strict and plugin.zygote is not None:
+                self.spawn(self._add_spare(plugin, spares))
+
+    async def _add_spare(self, plugin: Plugin, spares: "deque[Worker]") -> None:
+        try:
+            worker = await self._fork(plugin)
+        except RequestError:
+            return  # a start that needs it meets the same error and reports it
+        if len(spares) < self.settings.spares and worker.zygote is plugin.zygote:
+            spares.append(worker)
+        else:
+            worker.kill()
+
+    def drop_spares(self, plugin: Plugin) -> None:
+        """Kill spares that were forked from a zygote that is not the plugin's any more."""
+        for worker in self.spares.pop(plugin.name, ()):
+            worker.kill()
+
+    async def close(self, hook: str = "on_stop") -> None:
+        """Stop all workers: requests in flight finish within the drain limit, then ``hook`` runs in each."""
+        self._closing = True
+        self._ticker.cancel()
+        for slot in self.slots.values():
+            slot.close()
+        stops = []
+        for worker, slot in list(self.workers.items()):
+            if slot is not None:
+                slot.release()
+                stops.append(self.retire(worker, hook))
+            elif worker.lifecycle.state is not WorkerState.DRAINING:
+                worker.kill()
+        await asyncio.gather(*stops)
+        pending = [task for task in self._tasks if task is not asyncio.current_task()]
+        if pending:
+            await asyncio.wait(pending, timeout=self.settings.hook_timeout + self.settings.drain_timeout + SLACK)
+        for worker in list(self.workers):
+            worker.kill()

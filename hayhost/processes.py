@@ -1,0 +1,300 @@
+"""Handles on the processes that plugins run in: the nursery, the plugin zygotes, and any child by its pidfd."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+import dill
+
+from sandbox import wire
+from sandbox.confinement import MINIMAL_ENVIRONMENT
+from sandbox.loader import PluginSpec
+from sandbox.zygote import ZygoteSpec
+
+from .channel import Channel, socket_pair
+from .errors import HostError, PluginLoadError
+from .logs import PluginLog, get_logger
+
+__all__ = ["Nursery", "Process", "Zygote"]
+
+# Besides the plugin's own hooks: forking, importing the SDK, a busy machine.
+_SLACK: Final = 10.0
+_READ: Final = 64 << 10
+
+
+class Process:
+    """A child by pidfd: it can be killed without ever hitting a stranger that got its pid, and its end is seen."""
+
+    def __init__(self, pid: int, exited: Callable[[], None]) -> None:
+        """Raises ``ProcessLookupError`` if there is no such process any more."""
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+        self._exited = exited
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._descriptor, self._end)
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        if self._descriptor < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it is gone, or not ours to kill: either way its socket is closed next
+
+    def _end(self) -> None:
+        self.close()
+        self._exited()
+
+    def close(self) -> None:
+        """Stop watching. Closing twice is safe."""
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _Output:
+    """Reads a pipe that children write raw output to, as lines of a log. It never lets the pipe stay full."""
+
+    def __init__(self, descriptor: int, log: PluginLog) -> None:
+        self._descriptor = descriptor
+        self._log = log
+        self._partial = b""
+        self._loop = asyncio.get_running_loop()
+        os.set_blocking(descriptor, False)
+        self._loop.add_reader(descriptor, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._descriptor, _READ)
+        except BlockingIOError:
+            return
+        *lines, partial = (self._partial + data).split(b"\n")
+        self._partial = partial[:_READ]
+        for line in lines:
+            self._record(line)
+        if not data:
+            self._record(self._partial)
+            self.close()
+
+    def _record(self, line: bytes) -> None:
+        if text := line.decode("utf-8", "replace").strip():
+            self._log.record("warning", text)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Nursery:
+    """The base zygote's process. Started before the front serves anything; started anew if it dies.
+
+    ``lost`` is called when it died: zygotes and workers live on, but nothing would end them with the host any more.
+    """
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ids = 0
+        self._closing = False
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 while there is none."""
+        return self._process.pid if self._process else 0
+
+    async def start(self) -> None:
+        """Exec it and wait until it can fork. Raises ``HostError`` if it cannot be started."""
+        ours, theirs = socket_pair()
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        self._ready = asyncio.get_running_loop().create_future()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "sandbox.nursery", str(theirs.fileno())],
+                env=MINIMAL_ENVIRONMENT,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=writer,
+                stderr=writer,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(reader)
+            ours.close()
+            raise HostError(f"cannot start the nursery process: {error.strerror}") from None
+        finally:
+            theirs.close()
+            os.close(writer)
+        _Output(reader, PluginLog(process="nursery"))
+        self._channel = Channel(
+            ours, wire.FromNursery, hello=self._hello, receive=lambda message: None, closed=self._closed
+        )
+        try:
+            async with asyncio.timeout(60):
+                await self._ready
+        except TimeoutError:
+            raise HostError("the nursery process did not start within 60 s") from None
+
+    def _hello(self, _pid: int, _message: wire.Hello) -> None:
+        if not self._ready.done():
+            self._ready.set_result(None)
+
+    def _closed(self, reason: str) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+            self._process = None
+        if self._closing:
+            return
+        if not self._ready.done():
+            self._ready.set_exception(HostError(f"the nursery process could not start {reason}".strip()))
+        else:
+            get_logger().error("the nursery died; starting it anew", reason=reason)
+            self._lost()
+
+    async def spawn(self, spec: PluginSpec, log: PluginLog) -> "Zygote":
+        """A new zygote for ``spec``, loading. Raises ``HostError`` if there is no nursery to fork it."""
+        if self._channel is None or self._channel.is_closed:
+            await self.start()
+        assert self._channel is not None
+        self._ids += 1
+        ours, theirs = socket_pair()
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        output = _Output(reader, log)
+        zygote = Zygote(spec, ours, output, log)
+        self._channel.send(
+            wire.SpawnZygote(self._ids, dill.dumps(ZygoteSpec(spec))), [theirs.detach(), writer]
+        )
+        return zygote
+
+    async def stop(self) -> None:
+        """Let it kill everything below it and exit."""
+        self._closing = True
+        if self._channel:
+            self._channel.close()
+        if self._process is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._process.wait, 5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Zygote:
+    """A plugin zygote: loads its plugin once, then forks workers."""
+
+    def __init__(self, spec: PluginSpec, sock: socket.socket, output: _Output, log: PluginLog) -> None:
+        self.spec = spec
+        self.started = time.monotonic_ns()
+        self.loaded: asyncio.Future[wire.Loaded] = asyncio.get_running_loop().create_future()
+        self.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.stamps: list[wire.Stamp] = []
+        self.exits: dict[int, int] = {}
+        """How its last workers ended, as it says: pid to exit code, or minus a signal."""
+        self.lost: Callable[[], None] = lambda: None
+        self.alive = True
+        self._became = False
+        self._log = log
+        self._output = output
+        self._process: Process | None = None
+        self._channel = Channel(
+            sock, wire.FromZygote, hello=self._hello, receive=self._receive, closed=self._closed
+        )
+        limit = 3 * spec.hook_timeout + _SLACK  # import, factory and on_initialize each have the hook's limit inside
+        self._deadline = asyncio.get_running_loop().call_later(limit, self._too_slow)
+
+    @property
+    def pid(self) -> int:
+        """Its process id as the kernel gave it; 0 before it is known."""
+        return self._process.pid if self._process else 0
+
+    def _hello(self, pid: int, message: wire.Hello) -> None:
+        self.stamps = list(message.stamps)
+        try:
+            self._process = Process(pid, lambda: self._closed(""))
+        except OSError:
+            pass  # dead already: the socket says so next
+
+    def _receive(self, message: wire.Loaded | wire.LoadFailed | wire.Log | wire.ChildExited | wire.Hello) -> None:
+        match message:
+            case wire.Log():
+                self._log.record(message.level, message.message, message.meta, message.request, message.dropped)
+            case wire.Loaded() if not self.loaded.done():
+                self._deadline.cancel()
+                self.stamps = list(message.stamps)
+                self.loaded.set_result(message)
+            case wire.LoadFailed() if not self.loaded.done():
+                self._deadline.cancel()
+                self.loaded.set_exception(PluginLoadError(message.error, message.traceback))
+            case wire.ChildExited():
+                self.exits[message.pid] = message.status
+                while len(self.exits) > 64:
+                    self.exits.pop(next(iter(self.exits)))
+            case _:
+                self._closed("protocol error: a frame that a zygote may not send now")
+
+    def _too_slow(self) -> None:
+        if not self.loaded.done():
+            self.loaded.set_exception(
+                PluginLoadError("the plugin did not load within its time limit, and could not be interrupted")
+            )
+        self.kill()
+
+    def _closed(self, reason: str) -> None:
+        if not self.alive:
+            return
+        self._channel.drain()
+        self.alive = False
+        self._deadline.cancel()
+        if not self.loaded.done():
+            why = reason or "its process died while it was loading"
+            self.loaded.set_exception(PluginLoadError(f"the plugin did not load: {why}"))
+            self._dispose()
+            return
+        self._dispose()
+        self.lost()
+
+    def _dispose(self) -> None:
+        if self._process:
+            if not self._became:
+                self._process.kill()
+            self._process.close()
+        self._channel.close()
+
+    def fork(self, become: bool = False) -> socket.socket:
+        """Have a worker forked; the front's end of its socket. With ``become`` the zygote itself is the worker."""
+        ours, theirs = socket_pair()
+        self._channel.send(wire.Fork(become), [theirs.detach()])
+        self._became = become
+        return ours
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        if self._process:
+            self._process.kill()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Let it exit. Its workers live on. Closing twice is safe."""
+        self.alive = False
+        self._deadline.cancel()
+        if not self.loaded.done():
+            self.loaded.set_exception(PluginLoadError("the host is stopping"))
+        if self._process:
+            self._process.close()
+        self._channel.close()

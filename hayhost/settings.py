@@ -1,0 +1,133 @@
+"""The host's settings: one table, from which flags, ``HAYHOST_*`` variables and the configuration file follow."""
+
+import dataclasses
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import SettingsError
+
+__all__ = ["FIELDS", "Settings", "load", "parse_size"]
+
+Mode = Literal["production", "test"]
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_SIZE = re.compile(r"(\d+)\s*(B|[kKMG]i?B?)?")
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``"10MiB"``, ``"512k"`` or ``"4096"``; units are powers of 1,024. Raises ``ValueError``."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"not a size such as 10MiB: {text!r}")
+    return int(found[1]) * _UNITS[(found[2] or "")[:1].upper()]
+
+
+def _setting(default: Any, help: str, *, least: float = 0, size: bool = False, most: float = 1e9) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, "size": size})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings, checked. Times are in seconds, sizes in bytes."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; must be a loopback address.")
+    port: int = _setting(8000, "Port to listen on; 0 picks a free one.", most=65535)
+    mode: Mode = _setting("production", "In test mode every org is known, with an empty config.")
+    orgs: Path | None = _setting(None, "TOML file with the orgs, their plugins, config and credentials.")
+    max_workers: int = _setting(1000, "Worker processes at most; over it the longest-idle one leaves.", least=1)
+    spares: int = _setting(1, "Workers without an org that wait ready, per plugin in use.", most=64)
+    max_requests: int = _setting(128, "Requests that one worker handles at once; more wait.", least=1)
+    max_queue: int = _setting(1024, "Requests per org that may wait for its worker; more are answered 503.", least=1)
+    max_body: int = _setting(10 << 20, "Size of a request's body at most, e.g. 10MiB.", least=1, size=True)
+    request_timeout: float = _setting(30.0, "Time for a handler to begin its answer, else 504.", least=0.01)
+    hook_timeout: float = _setting(30.0, "Time for one lifecycle hook.", least=0.01)
+    idle_timeout: float = _setting(300.0, "A worker without requests for this long is stopped.", least=0.01)
+    drain_timeout: float = _setting(10.0, "Time for requests in flight when a worker or the host stops.")
+    ping_timeout: float = _setting(10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1)
+    log_format: LogFormat = _setting("auto", "How log lines look; auto is console on a terminal, else json.")
+    log_level: LogLevel = _setting("info", "The least level that is logged.")
+
+
+_HINTS = get_type_hints(Settings)
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def load(
+    flags: Mapping[str, Any], file: Path | None = None, environ: Mapping[str, str] | None = None, **defaults: Any
+) -> Settings:
+    """Settings from flags (``None`` is not given) over environment over file over ``defaults``.
+
+    Raises ``SettingsError`` naming every wrong setting, where it was found and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    problems: list[str] = []
+    values = dict(defaults)
+    sources = [
+        (_from_file(file, problems), f"{file}: "),
+        ({name: environ[_variable(name)] for name in FIELDS if _variable(name) in environ}, "environment: "),
+        ({name: value for name, value in flags.items() if value is not None}, "--"),
+    ]
+    for source, where in sources:
+        for name, value in source.items():
+            shown = name.replace("_", "-") if where == "--" else _variable(name) if where == "environment: " else name
+            try:
+                values[name] = _convert(name, value)
+            except ValueError as error:
+                problems.append(f"{where}{shown}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(**values)
+
+
+def _variable(name: str) -> str:
+    return f"HAYHOST_{name.upper()}"
+
+
+def _from_file(file: Path | None, problems: list[str]) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as error:
+        problems.append(f"{file}: cannot be read: {error.strerror}")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        problems.append(f"{file}: not valid TOML: {error}")
+        return {}
+    for name in sorted(set(table) - set(FIELDS)):
+        problems.append(f"{file}: {name}: no such setting; there are {', '.join(FIELDS)}")
+    return {name: value for name, value in table.items() if name in FIELDS}
+
+
+def _convert(name: str, value: Any) -> Any:
+    """``value`` as the type of the setting. Raises ``ValueError`` saying what is allowed."""
+    hint, limits = _HINTS[name], FIELDS[name].metadata
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{value!r} is not one of {', '.join(get_args(hint))}")
+        return value
+    if hint is str:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{value!r} is not a non-empty string")
+        return value
+    if hint == Path | None:
+        if not isinstance(value, str | Path) or not str(value):
+            raise ValueError(f"{value!r} is not a path")
+        return Path(value)
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        number = parse_size(value) if limits["size"] and isinstance(value, str) else hint(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{value!r} is not a {'size' if limits['size'] else 'number'}") from None
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    if not limits["least"] <= number <= limits["most"]:
+        raise ValueError(f"{value!r} is not from {limits['least']:g} to {limits['most']:g}")
+    return number

@@ -1,0 +1,327 @@
+"""The front's handle on one worker process: its streams, hooks, pings and end."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from sandbox import wire
+
+from .channel import Channel
+from .errors import RequestError, StartFailedError, WorkerLostError
+from .installs import Installation
+from .logs import PluginLog
+from .processes import Process, Zygote
+from .states import Lifecycle, WorkerState
+
+__all__ = ["Stream", "Worker"]
+
+# Besides the hooks it runs: a loaded machine's scheduling.
+SLACK: Final = 5.0
+
+
+class Stream(Protocol):
+    """Whoever waits for the answer on one stream of a worker."""
+
+    def head(self, message: wire.ResponseHead) -> None:
+        """The answer begins, and with ``message.end`` is complete."""
+
+    def body(self, message: wire.Body) -> None:
+        """More of the answer."""
+
+    def credit(self, size: int) -> None:
+        """``size`` more bytes of the request may be sent."""
+
+    def failed(self, error: RequestError) -> None:
+        """There will be no (further) answer."""
+
+
+class Worker:
+    """One worker process.
+
+    It is created without an org; ``identify`` gives it one. ``gone(worker, reason)`` is called once, when it has ended
+    for whatever reason and all its streams have been told.
+    """
+
+    def __init__(self, zygote: Zygote, log: PluginLog, gone: Callable[["Worker", str], None], *, strict: bool) -> None:
+        loop = asyncio.get_running_loop()
+        self.zygote = zygote
+        self.strict = strict
+        self.lifecycle = Lifecycle(WorkerState.STOPPED)
+        self.lifecycle.to(WorkerState.STARTING)
+        self.asked = time.monotonic_ns()
+        self.stamps: list[wire.Stamp] = []
+        """Phases of its start with the CLOCK_MONOTONIC nanoseconds at which each ended; ``asked`` began them."""
+        self.hook_times: dict[str, tuple[int, int]] = {}
+        self.requests = 0
+        self.used = loop.time()
+        self.mcp_servers: list[str] = []
+        self.streams: dict[int, Stream] = {}
+        self.cancelled: dict[int, float] = {}
+        """Streams that nobody waits for but whose handlers still run, with the time since."""
+        self.pinged: float | None = None
+        self.hello: asyncio.Future[None] = loop.create_future()
+        self.exit: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[str] = loop.create_future()
+        for future in (self.hello, self._ready):
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # may go unawaited
+        self._hooks: dict[int, asyncio.Future[wire.HookDone]] = {}
+        self._loop = loop
+        self._log = log
+        self._gone = gone
+        self._process: Process | None = None
+        self._ids = 0
+        self._ending = False
+        self._identified = False
+        self._drained: asyncio.Future[None] | None = None
+        self.released: Callable[[], None] = lambda: None
+        """Called whenever a stream has ended."""
+        self._channel = Channel(
+            zygote.fork(become=strict), wire.FromWorker, hello=self._hello, receive=self._receive, closed=self._end
+        )
+        self._handle: dict[type, Callable[[Any], None]] = {
+            wire.ResponseHead: self._on_head,
+            wire.Body: self._on_body,
+            wire.Abort: self._on_abort,
+            wire.Window: self._on_window,
+            wire.Log: lambda m: log.record(m.level, m.message, m.meta, m.request, m.dropped),
+            wire.Pong: self._on_pong,
+            wire.Ready: self._on_ready,
+            wire.HookDone: self._on_hook_done,
+            wire.McpServers: self._on_mcp_servers,
+            wire.Failed: lambda m: self._end(m.error),
+        }
+
+    # ---- its life
+
+    @property
+    def pid(self) -> int:
+        """Its process id, as the kernel vouches for it and the host sees it; 0 before that."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do."""
+        return not self.streams and not self.cancelled and not self._hooks
+
+    def _hello(self, pid: int, message: wire.Hello) -> None:
+        try:
+            self._process = Process(pid, lambda: self._end(""))
+        except OSError as error:
+            self._end(f"it died at once ({error.strerror})")
+            return
+        self.stamps = list(message.stamps)
+        self._log.bind(worker=pid)
+        if not self.hello.done():
+            self.hello.set_result(None)
+
+    def start(self, installation: Installation, env: dict[str, str], *, serve: bool, hook_timeout: float) -> None:
+        """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests."""
+        encode = msgspec.json.encode
+        self._identified = True
+        self._log.bind(org=installation.org_id)
+        self._channel.send(
+            wire.Start(
+                installation.org_id,
+                installation.org_name,
+                encode(installation.config),
+                encode(installation.auth),
+                encode(env),
+                serve,
+                hook_timeout,
+                installation.problem,
+            )
+        )
+
+    async def ready(self, timeout: float) -> str:
+        """Wait until it is; the reason why it is degraded, or ``""``. Raises ``StartFailedError``."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(self._ready)
+        except TimeoutError:
+            self.kill()
+            raise StartFailedError(f"it was not ready within {timeout:g} s") from None
+
+    def _on_ready(self, message: wire.Ready) -> None:
+        if self._ready.done() or not self._identified:
+            self._end("protocol error: Ready out of turn")
+            return
+        self.stamps += message.stamps
+        phases = [stamp for stamp in message.stamps if stamp[0] in ("identity", "on_start")]
+        if len(phases) == 2:  # the hook runs right after the identity is taken
+            self.hook_times["on_start"] = (phases[0][1], phases[1][1])
+        self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
+        self._ready.set_result(message.error)
+
+    def _end(self, reason: str) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._channel.drain()  # answers that were sent before the end are answers
+        self.exit.set_result(reason)
+        self._channel.close()
+        if self._process:
+            self._process.kill()
+            self._process.close()
+        reason = reason or self.how_it_ended()
+        stopping = self.lifecycle.state is WorkerState.DRAINING
+        self.lifecycle.to(WorkerState.STOPPED if stopping else WorkerState.ERROR, reason)
+        lost = StartFailedError(f"the worker died before it was ready: {reason}")
+        for future in (self.hello, self._ready):
+            if not future.done():
+                future.set_exception(lost)
+        for hook in self._hooks.values():
+            if not hook.done():
+                hook.set_exception(WorkerLostError("the worker died during the hook"))
+        self._hooks.clear()
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.failed(WorkerLostError("The worker died before it answered"))
+        self.cancelled.clear()
+        self._gone(self, reason)
+
+    def how_it_ended(self) -> str:
+        """What its zygote says of its end, as far as it is known yet."""
+        status = self.zygote.exits.get(self.pid)
+        if status is None:
+            return "it died"
+        return f"it exited with code {status}" if status >= 0 else f"it was killed by signal {-status}"
+
+    def kill(self) -> None:
+        """SIGKILL it; ``gone`` follows."""
+        if self._process:
+            self._process.kill()
+        else:
+            self._end("it was stopped before it said hello")
+
+    async def stop(self, hook: str, drain: float, hook_timeout: float) -> None:
+        """Let requests in flight finish for ``drain`` seconds, run ``hook``, and end it whatever it does."""
+        if self.exit.done():
+            return
+        if self.lifecycle.state is not WorkerState.DRAINING:
+            self.lifecycle.to(WorkerState.DRAINING, hook)
+        deadline = self._loop.time() + drain
+        while self.streams and self._loop.time() < deadline and not self.exit.done():
+            self._drained = self._loop.create_future()
+            await asyncio.wait({self._drained, self.exit}, timeout=deadline - self._loop.time())
+        for id in list(self.streams):
+            stream = self.streams[id]
+            self.cancel(id)
+            stream.failed(WorkerLostError("The worker was stopped before it answered"))
+        self._channel.send(wire.Stop(hook))
+        await asyncio.wait({self.exit}, timeout=hook_timeout + 2 * SLACK)
+        if not self.exit.done():
+            self.kill()
+            await asyncio.wait({self.exit}, timeout=SLACK)
+            self._end("it did not stop")  # a process in an uninterruptible state is given up
+
+    # ---- requests
+
+    def open(self, stream: Stream, request: Callable[[int], wire.Request]) -> int:
+        """Begin a stream with the frame that ``request(id)`` builds; returns the id."""
+        self._ids += 1
+        id = self._ids
+        self.streams[id] = stream
+        self.requests += 1
+        self._channel.send(request(id))
+        return id
+
+    def send(self, message: wire.Body | wire.Window) -> None:
+        """Continue a stream."""
+        self._channel.send(message)
+
+    def cancel(self, id: int) -> None:
+        """Nobody waits for stream ``id`` any more. Until its handler has really ended the worker counts as busy."""
+        if self.streams.pop(id, None) is not None:
+            self.cancelled[id] = self._loop.time()
+            self._channel.send(wire.Cancel(id))
+            self._one_less()
+
+    def _finish(self, id: int) -> None:
+        if self.streams.pop(id, None) is None and self.cancelled.pop(id, None) is None:
+            self._end(f"protocol error: an answer on stream {id}, which is not open")
+        else:
+            self._one_less()
+
+    def _one_less(self) -> None:
+        self.used = self._loop.time()
+        if not self.streams and self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self.released()
+
+    def _on_head(self, message: wire.ResponseHead) -> None:
+        stream = self.streams.get(message.id)
+        if message.end or stream is None:
+            if message.end or message.id not in self.cancelled:
+                self._finish(message.id)
+        if stream is not None:
+            stream.head(message)
+
+    def _on_body(self, message: wire.Body) -> None:
+        stream = self.streams.get(message.id)
+        if message.end or (stream is None and message.id not in self.cancelled):
+            self._finish(message.id)
+        if stream is not None:
+            stream.body(message)
+
+    def _on_abort(self, message: wire.Abort) -> None:
+        stream = self.streams.get(message.id)
+        self._finish(message.id)
+        if stream is not None:
+            stream.failed(WorkerLostError("The plugin broke off its answer"))
+
+    def _on_window(self, message: wire.Window) -> None:
+        if (stream := self.streams.get(message.id)) is not None:
+            stream.credit(message.size)
+
+    # ---- hooks and the rest
+
+    async def hook(self, name: str, config: dict[str, Any], auth: Any, timeout: float) -> wire.HookDone:
+        """Run ``on_validate_auth``, ``on_config_update`` or ``on_enable``.
+
+        Raises ``WorkerLostError`` if the worker dies or does not answer within ``timeout`` and some slack.
+        """
+        self._ids += 1
+        id = self._ids
+        done = self._hooks[id] = self._loop.create_future()
+        self._channel.send(wire.Hook(id, name, msgspec.json.encode(config), msgspec.json.encode(auth)))
+        try:
+            async with asyncio.timeout(timeout + SLACK):
+                result = await done
+        except TimeoutError:
+            raise WorkerLostError(f"{name} did not finish within {timeout:g} s") from None
+        finally:
+            self._hooks.pop(id, None)
+        self.hook_times[name] = (result.started, result.ended)
+        return result
+
+    def _on_hook_done(self, message: wire.HookDone) -> None:
+        if message.id == 0:  # the hook of a Stop
+            self.hook_times[self.lifecycle.why] = (message.started, message.ended)
+        elif (future := self._hooks.get(message.id)) is not None and not future.done():
+            future.set_result(message)
+
+    def _on_mcp_servers(self, message: wire.McpServers) -> None:
+        self.mcp_servers = message.local
+
+    def _on_pong(self, _message: wire.Pong) -> None:
+        self.pinged = None
+
+    def ping(self, now: float) -> None:
+        """Ask for a sign of life, unless an answer is still due."""
+        if self.pinged is None:
+            self.pinged = now
+            self._channel.send(wire.Ping(0))
+
+    def _receive(self, message: Any) -> None:
+        handle = self._handle.get(type(message))
+        if handle is None:
+            self._end(f"protocol error: {type(message).__name__} out of turn")
+        else:
+            handle(message)
+
+    def misbehaved(self, how: str) -> None:
+        """It does not keep to the protocol: it is ended, and its other requests are told."""
+        self._end(f"protocol error: {how}")

@@ -1,0 +1,283 @@
+"""Requests in a worker: from frames to a handler's call, and from its result to frames."""
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
+
+import msgspec
+
+from hayhost.sdk import HayStartContext, HTTPError, Request
+
+from . import wire
+from .answers import Answer, error_answer, render, stream_type
+from .capture import request_id
+from .link import Link
+from .mcp import McpRuntime, NoSuchToolError, ToolFailedError
+
+__all__ = ["Caller", "Dispatcher"]
+
+Handler = Callable[[Request], Any]
+
+# Sync handlers that run at once; more wait. Enough for handlers that block on a network, few enough for memory.
+_THREADS: Final = 32
+_END: Final = object()
+
+
+class Caller:
+    """Calls an author's function: async ones on the loop, sync ones on a thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="handler")
+
+    async def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result. A thread goes on when its caller is cancelled: see ``threads_of``."""
+        if inspect.iscoroutinefunction(function):
+            return await function(*arguments)
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            return function(*arguments)  # runs nothing yet
+        result = await self._on_thread(function, *arguments)
+        return await result if inspect.isawaitable(result) else result
+
+    async def next(self, iterator: Any) -> Any:
+        """The next item of a (sync or async) iterator, ``_END`` after the last."""
+        if isinstance(iterator, AsyncIterator):
+            return await anext(iterator, _END)
+        return await self._on_thread(next, iterator, _END)
+
+    async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        job: Future[Any] = self._threads.submit(contextvars.copy_context().run, function, *arguments)
+        if (jobs := thread_jobs.get()) is not None:
+            jobs.append(job)
+        return await asyncio.wrap_future(job, loop=self._loop)
+
+
+thread_jobs: contextvars.ContextVar[list["Future[Any]"] | None] = contextvars.ContextVar("thread_jobs", default=None)
+"""The jobs that the current request has put on threads, so that its end can be told from its cancellation."""
+
+
+class _Exchange:
+    """One request: its body until it is complete, then the task that answers it."""
+
+    __slots__ = ("body", "credit", "jobs", "more_credit", "request", "task")
+
+    def __init__(self, request: wire.Request) -> None:
+        self.request = request
+        self.body = [request.body]
+        self.task: asyncio.Task[None] | None = None
+        self.jobs: list[Future[Any]] = []
+        self.credit = wire.WINDOW
+        self.more_credit: asyncio.Future[None] | None = None
+
+
+class Dispatcher:
+    """Answers the requests of one worker, all of them concurrently.
+
+    Every stream ends with exactly one final frame, ``end`` or ``Abort``, and only when nothing of its handler runs
+    any more: a cancelled one that goes on is thereby seen from outside.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        loop: asyncio.AbstractEventLoop,
+        handlers: list[Handler],
+        context: HayStartContext,
+        call: Caller,
+        mcp: McpRuntime,
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self._link = link
+        self._loop = loop
+        self._handlers = handlers
+        self._context = context
+        self._call = call
+        self._mcp = mcp
+        self._failed = failed
+        self._exchanges: dict[int, _Exchange] = {}
+
+    def request(self, message: wire.Request) -> None:
+        exchange = self._exchanges[message.id] = _Exchange(message)
+        if message.end:
+            self._begin(exchange)
+        elif message.body:
+            self._link.send(wire.Window(message.id, len(message.body)))
+
+    def body(self, message: wire.Body) -> None:
+        exchange = self._exchanges.get(message.id)
+        if exchange is None or exchange.task is not None:
+            return
+        exchange.body.append(message.data)
+        if message.end:
+            self._begin(exchange)
+        elif message.data:
+            self._link.send(wire.Window(message.id, len(message.data)))
+
+    def window(self, message: wire.Window) -> None:
+        if exchange := self._exchanges.get(message.id):
+            exchange.credit += message.size
+            if exchange.more_credit and not exchange.more_credit.done():
+                exchange.more_credit.set_result(None)
+
+    def cancel(self, message: wire.Cancel) -> None:
+        exchange = self._exchanges.get(message.id)
+        if exchange is None:
+            return
+        if exchange.task is None:
+            self._end(message.id, wire.Abort(message.id))
+        else:
+            exchange.task.cancel()
+
+    def _begin(self, exchange: _Exchange) -> None:
+        context = contextvars.copy_context()
+        context.run(request_id.set, exchange.request.request_id)
+        context.run(thread_jobs.set, exchange.jobs)
+        exchange.task = self._loop.create_task(self._answer(exchange), context=context)
+
+    async def _answer(self, exchange: _Exchange) -> None:
+        id = exchange.request.id
+        final: wire.Message
+        try:
+            answer = await self._produce(exchange)
+            if isinstance(answer.body, bytes):
+                final = await self._whole(exchange, answer.status, answer.headers, answer.body)
+            else:
+                final = await self._stream(exchange, answer)
+        except asyncio.CancelledError:
+            final = wire.Abort(id)
+        except BaseException as error:  # a stream that broke: sys.exit() in it is no different from another error
+            self._failed("a streamed answer broke off", error)
+            final = wire.Abort(id)
+        running = [job for job in exchange.jobs if not job.done()]
+        if running:  # cancelled, but a thread of it is still at work
+            running[-1].add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end, id, final))
+        else:
+            self._end(id, final)
+
+    def _end(self, id: int, final: wire.Message) -> None:
+        if self._exchanges.pop(id, None) is not None:
+            self._link.send(final)
+
+    async def _produce(self, exchange: _Exchange) -> Answer:
+        message = exchange.request
+        try:
+            if message.route == wire.LIST_TOOLS:
+                return render({"tools": await self._mcp.list_tools()})
+            if message.route == wire.CALL_TOOL:
+                return await self._call_tool(b"".join(exchange.body))
+            request = Request(
+                method=message.method,
+                path=message.path,
+                query_string=message.query,
+                params=dict(zip(message.params[::2], message.params[1::2], strict=True)),
+                headers=message.headers,
+                body=exchange.body[0] if len(exchange.body) == 1 else b"".join(exchange.body),
+                ctx=self._context,
+                id=message.request_id,
+            )
+            exchange.body.clear()
+            return render(await self._call(self._handlers[message.route], request))
+        except HTTPError as error:
+            return error_answer(error.status, error.message)
+        except asyncio.CancelledError:
+            if exchange.task is not None and exchange.task.cancelling():
+                raise
+            return error_answer(500, "Internal server error")  # the author's own cancellation, not the client's
+        except BaseException as error:  # sys.exit() in a handler ends that request, not the worker
+            self._failed(f"{message.method} {message.path} failed", error)
+            return error_answer(500, "Internal server error")
+
+    async def _call_tool(self, body: bytes) -> Answer:
+        call = msgspec.json.decode(body)  # the front has checked it
+        name = call["toolName"]
+        try:
+            result = await self._mcp.call_tool(name, call.get("arguments") or {})
+        except NoSuchToolError:
+            return error_answer(404, f"No MCP server found for tool: {name}")
+        except ToolFailedError as error:
+            self._failed(f"MCP tool {name!r} failed", error.__cause__ or error)
+            return error_answer(500, f"Tool execution failed: {error}")
+        try:
+            return Answer(200, [("content-type", "application/json")], msgspec.json.encode(result))
+        except (TypeError, ValueError, RecursionError, OverflowError) as error:
+            self._failed(f"MCP tool {name!r} returned something that is not JSON", error)
+            return error_answer(500, f"Tool execution failed: the result is not JSON: {error}")
+
+    async def _whole(self, exchange: _Exchange, status: int, headers: Any, body: bytes) -> wire.Message:
+        id = exchange.request.id
+        if len(body) <= wire.CHUNK:
+            return wire.ResponseHead(id, status, headers, body, True)
+        self._link.send(
+            wire.ResponseHead(id, status, [*headers, ("content-length", str(len(body)))], b"", False)
+        )
+        await self._send_body(exchange, body)
+        return wire.Body(id, b"", True)
+
+    async def _stream(self, exchange: _Exchange, answer: Answer) -> wire.Message:
+        id, iterator = exchange.request.id, answer.body
+        head = answer.headers
+        began = any(name == "content-type" for name, _ in head)
+        try:
+            if began:
+                self._link.send(wire.ResponseHead(id, answer.status, head, b"", False))
+            while True:
+                try:
+                    item = await self._call.next(iterator)
+                    data = _item(item)
+                except (Exception, SystemExit) as error:
+                    if began:
+                        raise
+                    if isinstance(error, HTTPError):
+                        status, headers, body = error_answer(error.status, error.message)
+                    else:
+                        self._failed("a streamed answer failed before its first item", error)
+                        status, headers, body = error_answer(500, "Internal server error")
+                    return wire.ResponseHead(id, status, headers, body, True)  # type: ignore[arg-type]  # bytes: an error
+                if not began:
+                    began = True
+                    kind = stream_type("" if item is _END else item)
+                    self._link.send(wire.ResponseHead(id, answer.status, [*head, ("content-type", kind)], b"", False))
+                if item is _END:
+                    return wire.Body(id, b"", True)
+                await self._send_body(exchange, data)
+        finally:
+            await self._close(iterator)
+
+    async def _close(self, iterator: Any) -> None:
+        """Let a generator's ``finally`` run, also when nobody reads it to its end."""
+        try:
+            if hasattr(iterator, "aclose"):
+                await iterator.aclose()
+            elif hasattr(iterator, "close"):
+                iterator.close()
+        except Exception as error:
+            self._failed("closing a streamed answer failed", error)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                raise
+
+    async def _send_body(self, exchange: _Exchange, data: bytes) -> None:
+        id, view = exchange.request.id, memoryview(data)
+        while view:
+            while exchange.credit <= 0:
+                exchange.more_credit = self._loop.create_future()
+                await exchange.more_credit
+            size = min(len(view), wire.CHUNK, exchange.credit)
+            exchange.credit -= size
+            self._link.send(wire.Body(id, bytes(view[:size]), False))
+            view = view[size:]
+            if view:
+                await asyncio.sleep(0)  # let other streams of this worker in between
+
+
+def _item(item: object) -> bytes:
+    if item is _END:
+        return b""
+    if isinstance(item, str):
+        return item.encode()
+    if isinstance(item, bytes | bytearray | memoryview):
+        return bytes(item)
+    raise TypeError(f"a streamed answer consists of bytes or str, not {type(item).__name__}")

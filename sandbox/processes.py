@@ -1,0 +1,103 @@
+"""Forking and reaping, for the nursery and the zygotes. Single-threaded callers only."""
+
+import ctypes
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+from multiprocess import process as multiprocess_process
+from multiprocess.context import ForkProcess
+
+__all__ = ["descendants", "fork", "reap", "receive", "set_child_subreaper", "set_name", "wake_on_child"]
+
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, argument: object) -> None:
+    if _libc.prctl(option, argument, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def set_name(name: str) -> None:
+    """Name this process for ``ps`` and ``top`` (15 bytes of it)."""
+    _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))
+
+
+def set_child_subreaper() -> None:
+    """Become the parent of every descendant whose own parent dies, so that none can get away (prctl(2))."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+
+
+def fork(run: Callable[..., None], *args: object) -> int:
+    """Run ``run(*args)`` in a forked child and return its pid. Raises ``OSError`` if the kernel refuses.
+
+    ``multiprocess`` does the fork: standard streams flushed, after-fork hooks called, an exit code for an exception.
+    Its registry of children and its sentinel pipes are given up at once: the registry is polled child by child at
+    every start, and two pipes per worker would be inherited by all later ones. Exits are seen with ``reap``.
+    """
+    child = ForkProcess(target=run, args=args)
+    child.start()
+    multiprocess_process._children.discard(child)
+    child._popen.close()
+    pid: int = child.pid
+    return pid
+
+
+def wake_on_child() -> int:
+    """A descriptor that becomes readable when a child exits."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler of Python's is what makes the wake-up be written
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def reap() -> Iterator[tuple[int, int]]:
+    """Yield ``(pid, status)`` of each child that exited, status as ``os.waitstatus_to_exitcode`` gives it.
+
+    What is left of the child's process group is killed before its pid is given back, while that still names the group.
+    """
+    while True:
+        try:
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if info is None:
+            return
+        pid = info.si_pid
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # no group of its own, or nobody left in it
+        _, status = os.waitpid(pid, 0)
+        yield pid, os.waitstatus_to_exitcode(status)
+
+
+def descendants() -> list[int]:
+    """The pids of all processes below this one, as /proc shows them now."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as stat:
+                    fields = stat.read().rpartition(b")")[2].split()
+            except OSError:
+                continue  # gone meanwhile
+            children.setdefault(int(fields[1]), []).append(int(entry))
+    found: list[int] = []
+    front = [os.getpid()]
+    while front:
+        below = children.get(front.pop(), [])
+        found += below
+        front += below
+    return found
+
+
+def receive(sock: socket.socket, most: int, descriptors: list[int]) -> bytes:
+    """``recv`` that appends the descriptors that came along to ``descriptors``, in order. For trusted peers only."""
+    data, received, _, _ = socket.recv_fds(sock, most, 8)
+    descriptors += received
+    return data

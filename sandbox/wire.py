@@ -1,0 +1,345 @@
+"""Frames between the front and its children: what they say and how they look as bytes. No I/O here.
+
+A frame is a 4-byte big-endian length and that many bytes of msgpack: an array that begins with the message's number.
+Decoding trusts nothing: a frame above the cap, of an unknown number, with a field of the wrong type or with bytes left
+over raises ``ProtocolError``, after which the connection is of no further use. What a message *means* where it arrives
+(an unknown stream, a window overrun) is for the receiver to judge.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Generic, TypeVar
+
+import msgspec
+
+__all__ = [
+    "CHUNK",
+    "MAX_FRAME",
+    "VERSION",
+    "WINDOW",
+    "Abort",
+    "Body",
+    "Cancel",
+    "ChildExited",
+    "Decoder",
+    "Failed",
+    "Fork",
+    "FromNursery",
+    "FromWorker",
+    "FromZygote",
+    "Hello",
+    "Hook",
+    "HookDone",
+    "Loaded",
+    "LoadFailed",
+    "Log",
+    "McpServers",
+    "Message",
+    "Ping",
+    "Pong",
+    "ProtocolError",
+    "Ready",
+    "Request",
+    "ResponseHead",
+    "SpawnZygote",
+    "Stamp",
+    "Start",
+    "Stop",
+    "ToNursery",
+    "ToWorker",
+    "ToZygote",
+    "Window",
+    "encode",
+]
+
+VERSION: Final = 1
+"""Of this format. Front and children of one installation always agree; a mismatch means a half-done upgrade."""
+
+MAX_FRAME: Final = 1 << 20
+"""Bytes in one frame. The largest honest one is a plugin's metadata; everything long travels in chunks."""
+
+CHUNK: Final = 64 << 10
+"""Bytes of body in one frame: large enough to amortise it, small enough that streams of one worker interleave."""
+
+WINDOW: Final = 256 << 10
+"""Bytes of body that may be under way on one stream, each way, before the receiver grants more."""
+
+_LENGTH: Final = 4
+
+Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]
+ShortText = Annotated[str, msgspec.Meta(max_length=4 << 10)]
+StreamId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+HeaderList = Annotated[list[tuple[ShortText, Text]], msgspec.Meta(max_length=200)]
+Stamp = tuple[ShortText, Nanoseconds]
+"""A phase's name and the CLOCK_MONOTONIC time at which it ended; the clock is one for all processes of a machine."""
+Stamps = Annotated[list[Stamp], msgspec.Meta(max_length=32)]
+
+
+class ProtocolError(Exception):
+    """The peer sent bytes that are not a frame it may send."""
+
+
+class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of all messages."""
+
+
+# ---- front -> nursery, nursery -> front
+
+
+class SpawnZygote(Message, tag=1):
+    """Fork a plugin zygote. ``spec`` is a dill-pickled ``sandbox.zygote.ZygoteSpec``; two descriptors come along:
+    the zygote's control socket and the pipe for its raw stdout and stderr."""
+
+    id: StreamId
+    spec: bytes
+
+
+class ChildExited(Message, tag=2):
+    """A child of the sender is gone. ``status`` is an exit code, or minus a signal number."""
+
+    pid: int
+    status: int
+
+
+# ---- zygote <-> front
+
+
+class Fork(Message, tag=3):
+    """Fork a worker; its socket comes along as a descriptor. With ``become`` the zygote itself turns into the worker:
+    that is how each worker of a plugin that must not be forked gets a process of its own."""
+
+    become: bool = False
+
+
+class Loaded(Message, tag=4):
+    """The plugin is imported and initialised. ``metadata`` is untrusted JSON, for the front to validate."""
+
+    metadata: bytes
+    warnings: Annotated[list[Text], msgspec.Meta(max_length=1_000)]
+    hooks: Annotated[list[ShortText], msgspec.Meta(max_length=16)]
+    stamps: Stamps
+    threads: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class LoadFailed(Message, tag=5):
+    """The plugin did not load. ``error`` is for its author; ``traceback`` has the author's frames."""
+
+    error: Text
+    traceback: Text
+
+
+# ---- worker -> front
+
+
+class Hello(Message, tag=6):
+    """The first frame of every child. The kernel attaches the sender's credentials."""
+
+    version: int
+    stamps: Stamps
+
+
+class Failed(Message, tag=22):
+    """There is no worker at the other end of this socket; ``error`` says why."""
+
+    error: Text
+
+
+class Ready(Message, tag=7):
+    """``on_start`` has run; ``error`` says why the worker is degraded, empty if it is not."""
+
+    error: Text
+    stamps: Stamps
+
+
+class ResponseHead(Message, tag=8):
+    """Begin (and, with ``end``, finish) the answer on stream ``id``."""
+
+    id: StreamId
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)]
+    headers: HeaderList
+    body: bytes
+    end: bool
+
+
+class Body(Message, tag=9):
+    """More of a body, either way."""
+
+    id: StreamId
+    data: bytes
+    end: bool
+
+
+class Abort(Message, tag=10):
+    """The answer on stream ``id`` cannot be finished (or, before its head, be begun)."""
+
+    id: StreamId
+
+
+class Window(Message, tag=11):
+    """The receiver of stream ``id`` has room for ``size`` more bytes."""
+
+    id: StreamId
+    size: Annotated[int, msgspec.Meta(ge=1, le=WINDOW)]
+
+
+class Pong(Message, tag=12):
+    """The answer to a ping."""
+
+    id: StreamId
+
+
+class Log(Message, tag=13):
+    """A record of the plugin's log. ``meta`` is a JSON object or empty; ``dropped`` counts records lost before it."""
+
+    level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")]
+    message: Text
+    meta: Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
+    request: ShortText
+    dropped: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class HookDone(Message, tag=14):
+    """A hook ended. ``value`` is what ``on_validate_auth`` said and true for the others; ``error`` is empty if it
+    returned."""
+
+    id: StreamId
+    value: bool
+    error: Text
+    started: Nanoseconds
+    ended: Nanoseconds
+
+
+class McpServers(Message, tag=15):
+    """The ids of the MCP servers that run now."""
+
+    local: Annotated[list[ShortText], msgspec.Meta(max_length=100)]
+
+
+# ---- front -> worker
+
+
+class Start(Message, tag=16):
+    """The worker's identity. ``config``, ``auth`` and ``env`` are JSON objects; ``auth`` may be ``null``.
+
+    With ``serve`` false the worker is a throwaway: it runs the hooks it is told to, without ``on_start``.
+    """
+
+    org_id: str
+    org_name: str
+    config: bytes
+    auth: bytes
+    env: bytes
+    serve: bool
+    hook_timeout: float
+    degraded: str
+
+
+class Request(Message, tag=17):
+    """Begin (and, with ``end``, complete) a request. ``route`` is an index into the registered routes, or negative
+    for the runtime's own: see ``LIST_TOOLS`` and ``CALL_TOOL``."""
+
+    id: StreamId
+    route: int
+    method: str
+    path: str
+    query: str
+    params: list[str]
+    headers: list[tuple[str, str]]
+    request_id: str
+    body: bytes
+    end: bool
+
+
+LIST_TOOLS: Final = -1
+CALL_TOOL: Final = -2
+
+
+class Cancel(Message, tag=18):
+    """Nobody waits for the answer on stream ``id`` any more."""
+
+    id: StreamId
+
+
+class Ping(Message, tag=19):
+    """Answer with a ``Pong`` of the same id."""
+
+    id: StreamId
+
+
+class Hook(Message, tag=20):
+    """Run a hook. ``config`` (a JSON object or null) replaces the org's, for this call and all that follow."""
+
+    id: StreamId
+    name: str
+    config: bytes
+    auth: bytes
+
+
+class Stop(Message, tag=21):
+    """Run ``hook`` (``on_stop``, ``on_disable``, or empty for none), stop the MCP servers and exit."""
+
+    hook: str
+
+
+ToNursery = SpawnZygote
+FromNursery = Hello | ChildExited
+ToZygote = Fork
+FromZygote = Hello | Loaded | LoadFailed | Log | ChildExited
+FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers
+ToWorker = Start | Request | Body | Cancel | Window | Ping | Hook | Stop
+
+M = TypeVar("M", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The frame of ``message``. Raises ``ProtocolError`` if it exceeds ``MAX_FRAME``."""
+    frame = bytearray(_LENGTH)
+    _encoder.encode_into(message, frame, _LENGTH)
+    size = len(frame) - _LENGTH
+    if size > MAX_FRAME:
+        raise ProtocolError(f"a {type(message).__name__} frame of {size} bytes exceeds the limit of {MAX_FRAME}")
+    frame[:_LENGTH] = size.to_bytes(_LENGTH, "big")
+    return bytes(frame)
+
+
+class Decoder(Generic[M]):
+    """Turns bytes into messages of the given union. Holds at most one incomplete frame."""
+
+    def __init__(self, messages: Any) -> None:
+        self._decode = msgspec.msgpack.Decoder(messages).decode
+        self._buffer = bytearray()
+        self._failed = False
+
+    def feed(self, data: bytes) -> Iterator[M]:
+        """Yield the messages that ``data`` completes. Raises ``ProtocolError``, and again on every later call."""
+        if self._failed:
+            raise ProtocolError("the connection failed before")
+        buffer = self._buffer
+        buffer += data
+        start, have = 0, len(buffer)
+        try:
+            while have - start >= _LENGTH:
+                body = start + _LENGTH
+                size = int.from_bytes(buffer[start:body], "big")
+                if size > MAX_FRAME:
+                    raise ProtocolError(f"a frame of {size} bytes exceeds the limit of {MAX_FRAME}")
+                if have - body < size:
+                    break
+                start = body + size
+                try:
+                    message = self._decode(memoryview(buffer)[body:start])
+                except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                    raise ProtocolError(f"not a valid frame: {error}") from None
+                yield message
+        except ProtocolError:
+            self._failed = True
+            raise
+        finally:
+            del buffer[:start]
+
+    @property
+    def pending(self) -> int:
+        """Bytes held of an incomplete frame."""
+        return len(self._buffer)

@@ -1,0 +1,225 @@
+"""A worker: one plugin for one org, forked from the plugin's zygote without an identity.
+
+Org, config and credentials arrive in the ``Start`` frame, never through the environment, argv or the zygote's memory.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from hayhost.sdk import (
+    AuthReader,
+    AuthState,
+    HayAuthValidationContext,
+    HayConfigUpdateContext,
+    HayDisableContext,
+    HayEnableContext,
+    HayStartContext,
+    Logger,
+    Mcp,
+    McpInitContext,
+    Org,
+    OrgConfig,
+)
+from hayhost.sdk._checks import check
+
+from . import confinement, wire
+from .capture import Capture
+from .dispatch import Caller, Dispatcher
+from .link import Link
+from .loader import LoadedPlugin, author_traceback
+from .mcp import McpRuntime
+
+__all__ = ["run"]
+
+# How long a stopping worker waits for a front that does not read its last frames.
+_LAST_WRITE: Final = 2.0
+_MCP_STOP: Final = 5.0
+
+
+def run(plugin: LoadedPlugin, capture: Capture, descriptor: int) -> NoReturn:
+    """Be a worker on the socket ``descriptor``; the body of a forked process."""
+    stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
+    _detach()
+    confinement.after_fork({descriptor})
+    stamps.append(("confined", time.monotonic_ns()))
+    sock = socket.socket(fileno=descriptor)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    link = Link(sock, loop)
+    capture.rebind(link.send_now)
+    worker = _Worker(plugin, capture, link, loop)
+    link.listen(worker.receive)
+    link.send(wire.Hello(wire.VERSION, stamps))
+    try:
+        loop.run_forever()
+    except SystemExit as error:  # sys.exit() in a task of the author's own: that is the end of the worker
+        capture.log("error", f"the plugin called sys.exit({error.code!r})")
+        os._exit(error.code if isinstance(error.code, int) else 1)
+    except BaseException as error:
+        capture.log("error", "the worker's event loop ended", {"traceback": author_traceback(error, plugin.spec.folder)})
+    os._exit(1)
+
+
+def _detach() -> None:
+    try:
+        os.setsid()  # a group of its own, so that what it starts can be ended with it
+    except PermissionError:
+        pass  # a zygote that turned into the worker leads a session already
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if "numpy.random" in sys.modules:  # the standard generators reseed themselves after a fork
+        sys.modules["numpy.random"].seed()
+    gc.enable()
+
+
+class _Worker:
+    def __init__(self, plugin: LoadedPlugin, capture: Capture, link: Link, loop: asyncio.AbstractEventLoop) -> None:
+        self._plugin = plugin
+        self._capture = capture
+        self._link = link
+        self._loop = loop
+        self._call = Caller(loop)
+        self._logger = Logger(capture.log)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._receive: dict[type, Callable[[Any], None]] = {
+            wire.Start: lambda message: self._spawn(self._start(message)),
+            wire.Hook: lambda message: self._spawn(self._hook(message)),
+            wire.Stop: lambda message: self._spawn(self._stop(message)),
+            wire.Ping: lambda message: link.send(wire.Pong(message.id)),
+        }
+        loop.set_exception_handler(self._loop_failed)
+
+    def receive(self, message: wire.ToWorker) -> None:
+        self._receive[type(message)](message)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        """Tell the author, and nobody else, what went wrong."""
+        summary = f"{what}: {type(error).__name__}: {error}"
+        self._capture.log("error", summary, {"traceback": author_traceback(error, self._plugin.spec.folder)})
+
+    def _loop_failed(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception):
+            self._failed(str(context.get("message", "a task failed")), error)
+        else:
+            self._capture.log("error", str(context.get("message", "the event loop reports an error")))
+
+    async def _start(self, start: wire.Start) -> None:
+        stamps: list[wire.Stamp] = [("identity", time.monotonic_ns())]
+        self._hook_timeout = start.hook_timeout
+        self._org = Org(start.org_id, start.org_name)
+        self._env: dict[str, str] = msgspec.json.decode(start.env)
+        self._take(start.config, start.auth)
+        init = McpInitContext(self._config, self._auth, self._logger)
+        registry = self._plugin.registry
+        self._mcp = McpRuntime(
+            init,
+            self._call,
+            lambda call: registry.need("mcp", call),
+            lambda ids: self._link.send(wire.McpServers(ids)),
+            self._failed,
+        )
+        context = HayStartContext(self._org, self._config, self._auth, Mcp(self._mcp), {}, self._logger)
+        dispatcher = Dispatcher(
+            self._link,
+            self._loop,
+            [handler for _, _, handler in registry.routes],
+            context,
+            self._call,
+            self._mcp,
+            self._failed,
+        )
+        error = start.degraded
+        if start.serve:
+            error = await self._run_hook("on_start", context) or error
+            stamps.append(("on_start", time.monotonic_ns()))
+        self._receive[wire.Request] = dispatcher.request
+        self._receive[wire.Body] = dispatcher.body
+        self._receive[wire.Window] = dispatcher.window
+        self._receive[wire.Cancel] = dispatcher.cancel
+        self._link.send(wire.Ready(error, stamps))
+
+    def _take(self, config: bytes, auth: bytes) -> None:
+        self._values: dict[str, Any] = msgspec.json.decode(config)
+        given = msgspec.json.decode(auth)
+        state = AuthState(given["methodId"], given["credentials"]) if given else None
+        self._auth = AuthReader(state)
+        self._config = OrgConfig(self._plugin.registry.config, self._values, self._env, self._warn)
+
+    def _warn(self, message: str) -> None:
+        self._capture.log("warning", message)
+
+    async def _run_hook(self, name: str, context: Any) -> str:
+        """Run one hook under its time limit; the error text if it raised, else empty."""
+        return (await self._run_hook_for(name, context))[1]
+
+    async def _run_hook_for(self, name: str, context: Any) -> tuple[Any, str]:
+        function = self._plugin.hooks.get(name)
+        if function is None:
+            return None, ""
+        task = self._loop.create_task(self._guarded(function, context))
+        await asyncio.wait({task}, timeout=self._hook_timeout)
+        if not task.done():
+            task.cancel()  # and not waited for: it may refuse
+            error: BaseException | None = TimeoutError(f"{name} did not finish within {self._hook_timeout:g} s")
+            value = None
+        else:
+            value, error = task.result()
+        if error is None:
+            return value, ""
+        self._failed(f"{name} failed", error)
+        return None, f"{name} failed: {type(error).__name__}: {error}"[: 4 << 10]
+
+    async def _guarded(self, function: Callable[..., Any], context: Any) -> tuple[Any, BaseException | None]:
+        try:
+            return await self._call(function, context), None
+        except BaseException as error:  # sys.exit() in a hook is a failed hook
+            return None, error
+
+    async def _hook(self, message: wire.Hook) -> None:
+        config = OrgConfig(self._plugin.registry.config, msgspec.json.decode(message.config), self._env, self._warn)
+        given = msgspec.json.decode(message.auth)
+        auth = AuthReader(AuthState(given["methodId"], given["credentials"]) if given else None)
+        contexts: dict[str, Callable[[], Any]] = {
+            "on_validate_auth": lambda: HayAuthValidationContext(self._org, config, auth, self._logger),
+            "on_config_update": lambda: HayConfigUpdateContext(self._org, config, self._logger),
+            "on_enable": lambda: HayEnableContext(self._org, config, self._logger),
+        }
+        started = time.monotonic_ns()
+        value, error = await self._run_hook_for(message.name, contexts[message.name]())
+        ended = time.monotonic_ns()
+        valid = True
+        if message.name == "on_validate_auth" and message.name in self._plugin.hooks:
+            valid = False
+            if not error:
+                try:
+                    check(value, bool, "the result of on_validate_auth")
+                    valid = value
+                except Exception as problem:
+                    self._failed("on_validate_auth failed", problem)
+                    error = str(problem)
+        self._link.send(wire.HookDone(message.id, valid, error, started, ended))
+
+    async def _stop(self, message: wire.Stop) -> None:
+        if message.hook and hasattr(self, "_org"):
+            started = time.monotonic_ns()
+            error = await self._run_hook(message.hook, HayDisableContext(self._org, self._logger))
+            self._link.send(wire.HookDone(0, True, error, started, time.monotonic_ns()))
+            await self._mcp.stop(_MCP_STOP)
+        self._capture.flush()
+        self._link.close(_LAST_WRITE)
+        os._exit(0)

@@ -1,0 +1,158 @@
+"""The plugin zygote: one per loaded version of a plugin. It knows no org.
+
+It confines itself, imports the plugin, runs ``on_initialize``, reports what was registered, and from then on forks a
+worker for each socket that the front sends it. No event loop and no thread of ours ever runs here.
+"""
+
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+import dill
+import msgspec
+
+from hayhost.sdk import Logger
+from hayhost.sdk.errors import PluginError
+
+from . import confinement, processes, wire
+from .capture import Capture
+from .loader import LoadedPlugin, PluginSpec, author_traceback, load
+
+__all__ = ["ZygoteSpec", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class ZygoteSpec:
+    """What the front dills for a zygote. It has no org's data in it."""
+
+    plugin: PluginSpec
+
+
+class _Stamps:
+    def __init__(self) -> None:
+        self.all: list[wire.Stamp] = []
+
+    def __call__(self, phase: str) -> None:
+        self.all.append((phase, time.monotonic_ns()))
+
+
+def run(pickled: bytes, control: int, output: int) -> None:
+    """Be a zygote; the body of a process that the nursery forked. ``control`` and ``output`` are descriptors."""
+    stamps = _Stamps()
+    stamps("forked")
+    _detach(output)
+    spec: ZygoteSpec = dill.loads(pickled)  # made by the front, from the manifest: host -> child
+    processes.set_name(f"hay:{spec.plugin.name}")
+    sock = socket.socket(fileno=os.dup(control))
+    confinement.before_import({sock.fileno()})
+    stamps("confined")
+    zygote = _Zygote(sock)
+    zygote.send(wire.Hello(wire.VERSION, stamps.all))
+    plugin = zygote.load(spec.plugin, stamps)
+    if plugin is not None:
+        zygote.serve(plugin)
+    os._exit(0)
+
+
+def _detach(output: int) -> None:
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.dont_write_bytecode = True
+    os.chdir("/")
+
+
+class _Zygote:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.capture = Capture(self.send)
+
+    def send(self, message: wire.Message) -> None:
+        """Send a frame to the front, or exit if it is gone."""
+        try:
+            self._sock.sendall(wire.encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+
+    def load(self, spec: PluginSpec, stamps: _Stamps) -> LoadedPlugin | None:
+        """Load the plugin and report it; ``None`` if it does not load, which is reported as well."""
+        self.capture.install()
+        try:
+            tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            tasks = -1
+        try:
+            os.chdir(spec.folder)  # an author's relative paths mean the plugin's own files
+            plugin = load(spec, Logger(self.capture.log), stamps)
+            loaded = wire.Loaded(
+                metadata=msgspec.json.encode(plugin.registry.metadata()),
+                warnings=plugin.registry.warnings,
+                hooks=list(plugin.hooks),
+                stamps=stamps.all,
+                threads=1 if tasks < 0 else len(os.listdir(tasks)),
+            )
+            wire.encode(loaded)  # too much metadata is the plugin's error, to be reported like the others
+        except BaseException as error:
+            self.send(_failure(error, spec.folder))
+            return None
+        finally:
+            if tasks >= 0:
+                os.close(tasks)
+        gc.collect()
+        gc.freeze()
+        self.send(loaded)
+        return plugin
+
+    def serve(self, plugin: LoadedPlugin) -> None:
+        """Fork workers until the front closes the socket."""
+        wake = processes.wake_on_child()
+        decoder: wire.Decoder[wire.ToZygote] = wire.Decoder(wire.ToZygote)
+        descriptors: list[int] = []
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor == wake:
+                    os.read(wake, 4096)
+                    for pid, status in processes.reap():
+                        self.send(wire.ChildExited(pid, status))
+                    continue
+                data = processes.receive(self._sock, 1 << 16, descriptors)
+                for message in decoder.feed(data):
+                    self._fork(plugin, message, descriptors.pop(0))
+                if not data:
+                    return
+
+    def _fork(self, plugin: LoadedPlugin, message: wire.Fork, worker_socket: int) -> None:
+        from .worker import run as run_worker
+
+        if message.become:
+            run_worker(plugin, self.capture, worker_socket)
+        try:
+            processes.fork(run_worker, plugin, self.capture, worker_socket)
+        except OSError as error:
+            with socket.socket(fileno=os.dup(worker_socket)) as sock:
+                sock.sendall(wire.encode(wire.Failed(f"cannot fork a worker: {error.strerror}")))
+        os.close(worker_socket)
+
+
+def _failure(error: BaseException, folder: str) -> wire.LoadFailed:
+    if isinstance(error, SystemExit):
+        text = f"the plugin called sys.exit({error.code!r}) while it was loading"
+    elif isinstance(error, SyntaxError):
+        text = f"{type(error).__name__}: {error.msg} ({os.path.basename(error.filename or '?')}, line {error.lineno})"
+    elif isinstance(error, PluginError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return wire.LoadFailed(text[: 8 << 10], author_traceback(error, folder))
