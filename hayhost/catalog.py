@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from sandbox.loader import PluginSpec
+from sandbox.spec import PluginSpec
 
 from .errors import HostError, ManifestError, PluginLoadError, SettingsError, UnavailableError
 from .logs import PluginLog, get_logger

@@ -55,7 +55,7 @@ class Channel:
         self._loop.add_reader(sock, self._read_hello)
 
     def send(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
-        """Queue a frame; frames of one turn of the loop leave together. ``descriptors`` are closed once they are sent."""
+        """Queue a frame; frames of one turn of the loop leave together. ``descriptors`` are closed once sent."""
         if self.is_closed:
             for descriptor in descriptors:
                 os.close(descriptor)

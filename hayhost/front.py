@@ -22,7 +22,7 @@ from .errors import RequestError, UnavailableError
 from .exchange import Answer, Exchange
 from .installs import Auth, Installation, Installs
 from .logs import get_logger
-from .pool import Pool, Slot
+from .pool import Pool
 from .routes import HOST_ROUTES, Match
 from .settings import Settings
 from .states import WorkerState
@@ -165,7 +165,11 @@ class Front(HTTPServerConnectionDelegate):
             where = {"plugin": slot.plugin.name, "org": slot.org_id} if slot else {}
             took = round((self.loop.time() - exchange.started) * 1000, 1)
             get_logger().info(
-                f"{exchange.method} {exchange.path[:200]}", **where, status=exchange.status, ms=took, request=exchange.id
+                f"{exchange.method} {exchange.path[:200]}",
+                **where,
+                status=exchange.status,
+                ms=took,
+                request=exchange.id,
             )
 
     def date(self) -> str:
@@ -226,7 +230,7 @@ class Front(HTTPServerConnectionDelegate):
             return
         found = place.plugin.routes.match(exchange.method, place.path)
         if isinstance(found, Match):
-            exchange.to_plugin(self._pool.slot(place.plugin, place.org_id), found.index, found.params)
+            exchange.to_plugin(self._pool.slot(place.plugin, place.org_id), found.route, found.params)
         elif place.plugin.state is not PluginState.READY and not found:
             raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
         elif not found:

@@ -55,10 +55,10 @@ async def _config_hook(pool: Pool, slot: Slot, installation: Installation) -> No
         return
     try:
         async with contextlib.AsyncExitStack() as stack:
-            worker = slot.worker or await stack.enter_async_context(_throwaway(slot, installation))
-            await worker.hook(
-                "on_config_update", installation.config, installation.auth, pool.settings.hook_timeout
-            )
+            worker = slot.worker
+            if worker is None:
+                worker = await stack.enter_async_context(_throwaway(slot, installation))
+            await worker.hook("on_config_update", installation.config, installation.auth, pool.settings.hook_timeout)
     except RequestError as error:
         get_logger().error("on_config_update failed", plugin=slot.plugin.name, org=slot.org_id, reason=error.message)
 

@@ -16,7 +16,7 @@ Path = Annotated[str, msgspec.Meta(max_length=4_096, pattern="^/[^\x00-\x20\x7f?
 _Many = msgspec.Meta(max_length=1_000)
 
 
-class _Checked(msgspec.Struct, forbid_unknown_fields=True, rename="camel", frozen=True):
+class _Checked(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     pass
 
 

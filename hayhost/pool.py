@@ -19,6 +19,8 @@ __all__ = ["Pool", "Slot", "Waiter"]
 _TICK: Final = 0.5
 # Handlers that were cancelled and still run after this many seconds are stuck: their worker is replaced.
 _STUCK_AFTER: Final = 3.0
+# A zygote reports how its worker ended a moment after the worker's socket has told that it did.
+_WORD_AFTER: Final = 0.05
 # Spares are refilled when nothing has been started for this long, so that no start waits for them.
 _REFILL_AFTER: Final = 0.05
 
@@ -172,13 +174,19 @@ class Slot:
         if worker is not self.worker:
             return
         self.worker, self._down = None, True
-        self.last_error = f"the worker died while it served: {reason}"
+        self.last_error = told = f"the worker died while it served: {reason}"
         self.backoff.crashed(self._pool.loop.time())
         self.restarts += 1
-        get_logger().error(
-            "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=reason
-        )
+        self._pool.loop.call_later(_WORD_AFTER, self._explain, worker, told, reason)
         self.ensure_starting()
+
+    def _explain(self, worker: Worker, told: str, reason: str) -> None:
+        """Log a crash once its zygote has had the time to say how it ended."""
+        if (how := worker.how_it_ended()) is not None and self.last_error == told:
+            self.last_error = f"the worker died while it served: {how}"
+        get_logger().error(
+            "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=how or reason
+        )
 
     async def replace(self, reason: str) -> None:
         """Start a new worker beside the serving one, swap, and let the old one finish. Keeps the old one on failure."""
@@ -368,7 +376,10 @@ class Pool:
             return
         if worker.pinged is not None and now - worker.pinged > self.settings.ping_timeout:
             get_logger().error(
-                "a worker does not answer pings; replacing it", plugin=slot.plugin.name, org=slot.org_id, worker=worker.pid
+                "a worker does not answer pings; replacing it",
+                plugin=slot.plugin.name,
+                org=slot.org_id,
+                worker=worker.pid,
             )
             slot.last_error = f"the worker did not answer pings for {self.settings.ping_timeout:g} s and was replaced"
             worker.kill()
@@ -412,9 +423,9 @@ class Pool:
         for slot in self.slots.values():
             slot.close()
         stops = []
-        for worker, slot in list(self.workers.items()):
-            if slot is not None:
-                slot.release()
+        for worker, serves in list(self.workers.items()):
+            if serves is not None:
+                serves.release()
                 stops.append(self.retire(worker, hook))
             elif worker.lifecycle.state is not WorkerState.DRAINING:
                 worker.kill()

@@ -14,8 +14,7 @@ import dill
 
 from sandbox import wire
 from sandbox.confinement import MINIMAL_ENVIRONMENT
-from sandbox.loader import PluginSpec
-from sandbox.zygote import ZygoteSpec
+from sandbox.spec import PluginSpec
 
 from .channel import Channel, socket_pair
 from .errors import HostError, PluginLoadError
@@ -120,7 +119,7 @@ class Nursery:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         self._ready = asyncio.get_running_loop().create_future()
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220  # it must be there before anything else is
                 [sys.executable, "-I", "-m", "sandbox.nursery", str(theirs.fileno())],
                 env=MINIMAL_ENVIRONMENT,
                 cwd="/",
@@ -175,9 +174,7 @@ class Nursery:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         output = _Output(reader, log)
         zygote = Zygote(spec, ours, output, log)
-        self._channel.send(
-            wire.SpawnZygote(self._ids, dill.dumps(ZygoteSpec(spec))), [theirs.detach(), writer]
-        )
+        self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec)), [theirs.detach(), writer])
         return zygote
 
     async def stop(self) -> None:
@@ -211,9 +208,7 @@ class Zygote:
         self._log = log
         self._output = output
         self._process: Process | None = None
-        self._channel = Channel(
-            sock, wire.FromZygote, hello=self._hello, receive=self._receive, closed=self._closed
-        )
+        self._channel = Channel(sock, wire.FromZygote, hello=self._hello, receive=self._receive, closed=self._closed)
         limit = 3 * spec.hook_timeout + _SLACK  # import, factory and on_initialize each have the hook's limit inside
         self._deadline = asyncio.get_running_loop().call_later(limit, self._too_slow)
 

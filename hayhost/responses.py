@@ -45,7 +45,9 @@ _NOT_THEIRS: Final = HOP_BY_HOP | {
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 # What a browser may run as a page. No Content-Type at all is sniffed no more, thanks to nosniff, but shown.
-_INERT = re.compile(r"(application/(json|octet-stream|pdf|zip|x-ndjson)|text/(plain|csv|event-stream|css)|image/(?!svg))\b")
+_INERT = re.compile(
+    r"(application/(json|octet-stream|pdf|zip|x-ndjson)|text/(plain|csv|event-stream|css)|image/(?!svg))\b"
+)
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 

@@ -21,9 +21,9 @@ HOST_ROUTES = {
 
 
 class Match(NamedTuple):
-    """``index`` is the route's place in the order of registration; ``params`` are names and values in turn."""
+    """``route`` is the route's place in the order of registration; ``params`` are names and values in turn."""
 
-    index: int
+    route: int
     params: list[str]
 
 

@@ -49,7 +49,9 @@ class Settings:
     hook_timeout: float = _setting(30.0, "Time for one lifecycle hook.", least=0.01)
     idle_timeout: float = _setting(300.0, "A worker without requests for this long is stopped.", least=0.01)
     drain_timeout: float = _setting(10.0, "Time for requests in flight when a worker or the host stops.")
-    ping_timeout: float = _setting(10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1)
+    ping_timeout: float = _setting(
+        10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1
+    )
     log_format: LogFormat = _setting("auto", "How log lines look; auto is console on a terminal, else json.")
     log_level: LogLevel = _setting("info", "The least level that is logged.")
 

@@ -54,9 +54,7 @@ class Breaker:
         """Count a start that never became ready."""
         self.reason = reason
         self._failures.append(now)
-        if self._opened is not None or (
-            len(self._failures) == MAX_FAILED_STARTS and now - self._failures[0] <= WINDOW
-        ):
+        if self._opened is not None or (len(self._failures) == MAX_FAILED_STARTS and now - self._failures[0] <= WINDOW):
             self._opened = now
 
     def succeeded(self) -> None:

@@ -75,7 +75,7 @@ class Worker:
         self._ids = 0
         self._ending = False
         self._identified = False
-        self._drained: asyncio.Future[None] | None = None
+        self._quiet = asyncio.Event()
         self.released: Callable[[], None] = lambda: None
         """Called whenever a stream has ended."""
         self._channel = Channel(
@@ -165,7 +165,7 @@ class Worker:
         if self._process:
             self._process.kill()
             self._process.close()
-        reason = reason or self.how_it_ended()
+        reason = reason or self.how_it_ended() or "it died"
         stopping = self.lifecycle.state is WorkerState.DRAINING
         self.lifecycle.to(WorkerState.STOPPED if stopping else WorkerState.ERROR, reason)
         lost = StartFailedError(f"the worker died before it was ready: {reason}")
@@ -180,13 +180,14 @@ class Worker:
         for stream in streams.values():
             stream.failed(WorkerLostError("The worker died before it answered"))
         self.cancelled.clear()
+        self._quiet.set()
         self._gone(self, reason)
 
-    def how_it_ended(self) -> str:
-        """What its zygote says of its end, as far as it is known yet."""
+    def how_it_ended(self) -> str | None:
+        """What its zygote says of its end, if it has yet."""
         status = self.zygote.exits.get(self.pid)
         if status is None:
-            return "it died"
+            return None
         return f"it exited with code {status}" if status >= 0 else f"it was killed by signal {-status}"
 
     def kill(self) -> None:
@@ -202,10 +203,13 @@ class Worker:
             return
         if self.lifecycle.state is not WorkerState.DRAINING:
             self.lifecycle.to(WorkerState.DRAINING, hook)
-        deadline = self._loop.time() + drain
-        while self.streams and self._loop.time() < deadline and not self.exit.done():
-            self._drained = self._loop.create_future()
-            await asyncio.wait({self._drained, self.exit}, timeout=deadline - self._loop.time())
+        if self.streams:
+            self._quiet.clear()
+            try:
+                async with asyncio.timeout(drain):
+                    await self._quiet.wait()
+            except TimeoutError:
+                pass
         for id in list(self.streams):
             stream = self.streams[id]
             self.cancel(id)
@@ -247,15 +251,14 @@ class Worker:
 
     def _one_less(self) -> None:
         self.used = self._loop.time()
-        if not self.streams and self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        if not self.streams:
+            self._quiet.set()
         self.released()
 
     def _on_head(self, message: wire.ResponseHead) -> None:
         stream = self.streams.get(message.id)
-        if message.end or stream is None:
-            if message.end or message.id not in self.cancelled:
-                self._finish(message.id)
+        if message.end or (stream is None and message.id not in self.cancelled):
+            self._finish(message.id)
         if stream is not None:
             stream.head(message)
 
@@ -289,7 +292,7 @@ class Worker:
         self._channel.send(wire.Hook(id, name, msgspec.json.encode(config), msgspec.json.encode(auth)))
         try:
             async with asyncio.timeout(timeout + SLACK):
-                result = await done
+                result: wire.HookDone = await done
         except TimeoutError:
             raise WorkerLostError(f"{name} did not finish within {timeout:g} s") from None
         finally:

@@ -50,7 +50,10 @@ class Capture:
             lines = _Lines(self, level, descriptor)  # type: ignore[arg-type]  # a literal, from the row above
             self._streams.append(lines)
             text = io.TextIOWrapper(
-                lines, encoding="utf-8", errors="backslashreplace", write_through=True  # type: ignore[type-var]
+                lines,
+                encoding="utf-8",
+                errors="backslashreplace",
+                write_through=True,  # type: ignore[type-var]
             )  # a raw stream: with write_through nothing needs a buffer between
             setattr(sys, name, text)
         root = logging.getLogger()

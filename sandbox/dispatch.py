@@ -210,9 +210,7 @@ class Dispatcher:
         id = exchange.request.id
         if len(body) <= wire.CHUNK:
             return wire.ResponseHead(id, status, headers, body, True)
-        self._link.send(
-            wire.ResponseHead(id, status, [*headers, ("content-length", str(len(body)))], b"", False)
-        )
+        self._link.send(wire.ResponseHead(id, status, [*headers, ("content-length", str(len(body)))], b"", False))
         await self._send_body(exchange, body)
         return wire.Body(id, b"", True)
 

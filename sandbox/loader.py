@@ -19,24 +19,11 @@ from hayhost.sdk._registry import Registry
 from hayhost.sdk.definition import Hook
 from hayhost.sdk.errors import DefinitionError
 
-__all__ = ["LoadedPlugin", "PluginSpec", "author_traceback", "import_entry", "load", "time_limit"]
+from .spec import PluginSpec
+
+__all__ = ["LoadedPlugin", "author_traceback", "import_entry", "load", "time_limit"]
 
 _MAX_TRACEBACK = 32 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class PluginSpec:
-    """What the front knows of a plugin from its manifest, and a child needs to load it."""
-
-    folder: str
-    entry: str
-    attribute: str | None
-    name: str
-    version: str
-    capabilities: tuple[str, ...]
-    env: tuple[str, ...]
-    hook_timeout: float
-    instrument: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +155,7 @@ def find_plugin(module: ModuleType, attribute: str | None) -> HayPlugin:
         case names:
             raise DefinitionError(
                 f"{where} exports {len(names)} results of define_hay_plugin(...) ({', '.join(names)}); "
-                "keep one, or pick one in the manifest with `entry = \"./file.py:attribute\"`"
+                'keep one, or pick one in the manifest with `entry = "./file.py:attribute"`'
             )
 
 

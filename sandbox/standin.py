@@ -16,7 +16,7 @@ from hayhost.sdk import PluginError
 
 from .confinement import MINIMAL_ENVIRONMENT
 from .dispatch import Handler
-from .loader import PluginSpec
+from .spec import PluginSpec
 
 __all__ = ["LoopThread", "World", "find_route", "read_manifest"]
 
@@ -40,7 +40,7 @@ def read_manifest(folder: Path, timeout: float) -> PluginSpec:
         raise PluginError(f'{folder} has no [tool.hay-plugin] in a pyproject.toml, nor "hay-plugin" in a package.json')
     entry, _, attribute = str(manifest.get("entry", "")).partition(":")
     if not entry:
-        raise PluginError(f"{where}: `entry` is missing; it is the plugin's file, such as \"./plugin.py\"")
+        raise PluginError(f'{where}: `entry` is missing; it is the plugin\'s file, such as "./plugin.py"')
     return PluginSpec(
         folder=str(folder),
         entry=entry,
@@ -96,7 +96,7 @@ class LoopThread:
         async def guarded() -> tuple[T | None, BaseException | None]:
             try:
                 return await work, None
-            except BaseException as error:  # noqa: BLE001  sys.exit() in a task would end the loop
+            except BaseException as error:
                 return None, error
 
         future = asyncio.run_coroutine_threadsafe(guarded(), self.loop)

@@ -438,11 +438,11 @@ async def _close(stream: Iterator[Any] | AsyncIterator[Any]) -> None:
 
 def _no_route(method: str, allowed: set[str]) -> PluginResponse:
     if not allowed:
-        return _response(error_answer(404, "Not found"))
-    allow = ("allow", ", ".join(sorted(allowed)))
+        return _response(error_answer(404, "The plugin has no such route"))
+    allow = ", ".join(sorted(allowed | {"OPTIONS"}))
     if method == "OPTIONS":
-        return PluginResponse(204, Headers([allow]), ())
-    return _response(error_answer(405, "Method not allowed"), allow)
+        return PluginResponse(204, Headers([("allow", allow)]), ())
+    return _response(error_answer(405, f"This path answers {allow}"), ("allow", allow))
 
 
 def _response(answer: Answer, *headers: tuple[str, str]) -> PluginResponse:

@@ -29,8 +29,8 @@ __all__ = [
     "Hello",
     "Hook",
     "HookDone",
-    "Loaded",
     "LoadFailed",
+    "Loaded",
     "Log",
     "McpServers",
     "Message",
@@ -87,7 +87,7 @@ class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=Fa
 
 
 class SpawnZygote(Message, tag=1):
-    """Fork a plugin zygote. ``spec`` is a dill-pickled ``sandbox.zygote.ZygoteSpec``; two descriptors come along:
+    """Fork a plugin zygote. ``spec`` is a dill-pickled ``sandbox.spec.PluginSpec``; two descriptors come along:
     the zygote's control socket and the pipe for its raw stdout and stderr."""
 
     id: StreamId

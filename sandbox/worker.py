@@ -65,7 +65,9 @@ def run(plugin: LoadedPlugin, capture: Capture, descriptor: int) -> NoReturn:
         capture.log("error", f"the plugin called sys.exit({error.code!r})")
         os._exit(error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
-        capture.log("error", "the worker's event loop ended", {"traceback": author_traceback(error, plugin.spec.folder)})
+        capture.log(
+            "error", "the worker's event loop ended", {"traceback": author_traceback(error, plugin.spec.folder)}
+        )
     os._exit(1)
 
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 
 import dill
 import msgspec
@@ -21,16 +20,10 @@ from hayhost.sdk.errors import PluginError
 
 from . import confinement, processes, wire
 from .capture import Capture
-from .loader import LoadedPlugin, PluginSpec, author_traceback, load
+from .loader import LoadedPlugin, author_traceback, load
+from .spec import PluginSpec
 
-__all__ = ["ZygoteSpec", "run"]
-
-
-@dataclass(frozen=True, slots=True)
-class ZygoteSpec:
-    """What the front dills for a zygote. It has no org's data in it."""
-
-    plugin: PluginSpec
+__all__ = ["run"]
 
 
 class _Stamps:
@@ -46,14 +39,14 @@ def run(pickled: bytes, control: int, output: int) -> None:
     stamps = _Stamps()
     stamps("forked")
     _detach(output)
-    spec: ZygoteSpec = dill.loads(pickled)  # made by the front, from the manifest: host -> child
-    processes.set_name(f"hay:{spec.plugin.name}")
+    spec: PluginSpec = dill.loads(pickled)  # noqa: S301  # made by the front from the manifest: host -> child
+    processes.set_name(f"hay:{spec.name}")
     sock = socket.socket(fileno=os.dup(control))
     confinement.before_import({sock.fileno()})
     stamps("confined")
     zygote = _Zygote(sock)
     zygote.send(wire.Hello(wire.VERSION, stamps.all))
-    plugin = zygote.load(spec.plugin, stamps)
+    plugin = zygote.load(spec, stamps)
     if plugin is not None:
         zygote.serve(plugin)
     os._exit(0)

@@ -37,7 +37,10 @@ def _settings(*without: str) -> Callable[[F], F]:
                 f"--{name.replace('_', '-')}", name, type=kind, default=None, help=field.metadata["help"] + default
             )(function)
         return click.option(
-            "--config", type=_FILE, envvar="HAYHOST_CONFIG", help="TOML file with settings; flags and HAYHOST_* override it."
+            "--config",
+            type=_FILE,
+            envvar="HAYHOST_CONFIG",
+            help="TOML file with settings; flags and HAYHOST_* override it.",
         )(function)
 
     return decorate

@@ -304,5 +304,3 @@ class Register:
     def _room(self, entries: Sequence[Any] | Mapping[str, Any], what: str) -> None:
         if len(entries) >= _MAX_ENTRIES:
             raise RegistrationError(f"more than {_MAX_ENTRIES} {what} are registered")
-
-

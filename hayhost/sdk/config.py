@@ -82,7 +82,7 @@ class OrgConfig:
         Raises ``ConfigError`` if the field is ``required`` and none of these gives a value.
         """
         value = self.get_optional(key)
-        if value is None and self._schema.get(key, {}).get("required"):
+        if value is None and (descriptor := self._schema.get(key)) is not None and descriptor.get("required"):
             raise ConfigError(key)
         return value
 

@@ -82,9 +82,7 @@ def _hook_problem(function: object) -> str | None:
         signature.bind(object())
     except TypeError:
         return f"must take exactly its one context, not {signature}"
-    positional = [
-        p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) > 1:
         return f"must take exactly its one context, not {signature}"
     return None

@@ -1,9 +1,9 @@
 """A request as a route handler receives it, and the explicit form of an answer."""
 
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qs
 
 from ._checks import checked
@@ -12,12 +12,8 @@ from .errors import BadRequestError
 if TYPE_CHECKING:
     from .contexts import HayStartContext
 
-__all__ = ["Body", "FormFile", "Headers", "Request", "Response"]
+__all__ = ["FormFile", "Headers", "Request", "Response"]
 
-Body: TypeAlias = (
-    "dict[str, Any] | list[Any] | str | bytes | None "
-    "| Iterator[bytes] | Iterator[str] | AsyncIterator[bytes] | AsyncIterator[str]"
-)
 # More fields than any form has; fewer than make parsing a burden.
 _MAX_FIELDS = 1_000
 _FORM_URLENCODED = "application/x-www-form-urlencoded"
@@ -166,7 +162,9 @@ def _multipart(body: bytes, boundary: str) -> dict[str, list[str | FormFile]]:
             io.BytesIO(body), boundary, part_limit=_MAX_FIELDS, memory_limit=len(body) + 1, strict=True
         )
         for part in parser:
-            value: str | FormFile = part.value if not part.filename else FormFile(part.filename, part.content_type, part.raw)
+            value: str | FormFile = (
+                part.value if not part.filename else FormFile(part.filename, part.content_type, part.raw)
+            )
             result.setdefault(part.name, []).append(value)
     except (multipart.MultipartError, UnicodeDecodeError):
         raise BadRequestError("Malformed multipart form") from None

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Required, TypeAlias, TypedDict
 
 __all__ = [
+    "JSON",
     "AuthState",
     "Capability",
     "ConfigFieldDescriptor",
     "ConfigFieldReference",
     "ConfigFieldType",
     "HTTPMethod",
-    "JSON",
     "McpTool",
     "Org",
     "PageSlot",

@@ -4,6 +4,10 @@ import time
 from collections import deque
 from typing import Any
 
+from stripe_api import StripeApi, StripeError
+from stripe_signature import SignatureError, verify
+from stripe_tools import StripeTools
+
 from hayhost.sdk import (
     HayAuthValidationContext,
     HayGlobalContext,
@@ -13,9 +17,6 @@ from hayhost.sdk import (
     Request,
     define_hay_plugin,
 )
-from stripe_api import StripeApi, StripeError
-from stripe_signature import SignatureError, verify
-from stripe_tools import StripeTools
 
 # Stripe delivers an event again until it is answered 2xx; this many ids tell a repeated one from a new one.
 REMEMBERED_EVENTS = 100
@@ -98,7 +99,11 @@ class Stripe:
         except SignatureError as error:
             raise HTTPError(400, str(error)) from error
         event = req.json()
-        if not isinstance(event, dict) or not isinstance(event.get("id"), str) or not isinstance(event.get("type"), str):
+        if (
+            not isinstance(event, dict)
+            or not isinstance(event.get("id"), str)
+            or not isinstance(event.get("type"), str)
+        ):
             raise HTTPError(400, "The body is not an event")
         answer = {"received": True, "type": event["type"], "org": req.ctx.org.id}
         # In `state`, not on `self`: state survives when the plugin is reloaded.

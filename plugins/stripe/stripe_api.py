@@ -35,7 +35,7 @@ class StripeApi:
     def __init__(self, key: str, base: str) -> None:
         if not re.fullmatch(r"[\x21-\x7e]+", key):  # else http.client would raise with the key in its message
             raise StripeError("The API key has characters that no key has", 401)
-        if not base.startswith(("https://", "http://")):
+        if not base.startswith(("https://", "http://")):  # urllib would open file:// as well
             raise StripeError("The API address must start with https://")
         self._key = key
         self._base = base.rstrip("/")
@@ -71,7 +71,7 @@ class StripeApi:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
                 status, body = response.status, _read(response, deadline)
         except (OSError, HTTPException) as error:  # URLError and TimeoutError are OSErrors
-            raise StripeError(self._redact(f"Stripe could not be reached: {error}")) from None
+            raise StripeError(self._redact(f"Stripe could not be asked: {error}")) from None
         try:
             answer = json.loads(body)
         except ValueError:
@@ -80,7 +80,9 @@ class StripeApi:
             return answer
         detail = answer.get("error") if isinstance(answer, dict) else None
         message = detail.get("message") if isinstance(detail, dict) else None
-        raise StripeError(self._redact(str(message or f"Stripe answered {status} with something else than JSON of its own")), status)
+        raise StripeError(
+            self._redact(str(message or f"Stripe answered {status} with something else than JSON of its own")), status
+        )
 
     def _redact(self, text: str) -> str:
         """Messages end in logs and in answers of tools: the key must not, even if the provider repeats it."""

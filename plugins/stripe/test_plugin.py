@@ -1,5 +1,6 @@
 """Run with ``pytest``. The only mock is of Stripe's API: a real HTTP server on loopback."""
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -67,7 +68,8 @@ class _Answers(BaseHTTPRequestHandler):
         if status == 302:
             self.send_header("location", answer["Location"])
         self.end_headers()
-        self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+        with contextlib.suppress(ConnectionError):  # the plugin hangs up on what is too long or too slow
+            self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     do_POST = do_GET
 
@@ -154,7 +156,18 @@ def test_tolerance_is_configurable(plugin: PluginHarness, stripe: StripeMock) ->
 
 @pytest.mark.parametrize(
     "header",
-    ["", "nonsense", "v1=00", "t=1", "t=,v1=00", "t=now,v1=00", "t=-1,v1=00", "t=1,t=2,v1=00", "t=²,v1=00", "t=1;v1=00"],
+    [
+        "",
+        "nonsense",
+        "v1=00",
+        "t=1",
+        "t=,v1=00",
+        "t=now,v1=00",
+        "t=-1,v1=00",
+        "t=1,t=2,v1=00",
+        "t=²,v1=00",
+        "t=1;v1=00",
+    ],
 )
 def test_malformed_header_is_refused(plugin: PluginHarness, header: str) -> None:
     response = deliver(plugin, header)
@@ -227,7 +240,7 @@ def test_credentials_are_checked_with_stripe(plugin: PluginHarness, stripe: Stri
 
 def test_unreachable_stripe_is_an_error_not_an_invalid_key(plugin: PluginHarness, stripe: StripeMock) -> None:
     auth = {"methodId": "apiKey", "credentials": {"apiKey": KEY}}
-    with pytest.raises(plugin.module.StripeError, match="could not be reached"):
+    with pytest.raises(plugin.module.StripeError, match="could not be asked"):
         plugin.validate_auth(auth, {"apiBase": "http://127.0.0.1:1"})
 
 
@@ -339,7 +352,6 @@ def test_slow_answer_is_given_up(stripe: StripeMock, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stripe, "answer", lambda *_: (released.wait(30), (200, {}))[1])
     with PluginHarness(Path(__file__).parent, config=config) as plugin:
         monkeypatch.setitem(plugin.module.StripeApi._call.__globals__, "TIMEOUT_SECONDS", 0.1)
-        with pytest.raises(plugin.module.StripeError, match="could not be reached: timed out"):
+        with pytest.raises(plugin.module.StripeError, match="could not be asked: timed out"):
             plugin.call_tool("get_customer", {"customer": "cus_1"})
     released.set()
-

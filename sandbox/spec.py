@@ -1,0 +1,20 @@
+"""What the front dills for a zygote. It has no org's data in it."""
+
+from dataclasses import dataclass
+
+__all__ = ["PluginSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class PluginSpec:
+    """What the front knows of a plugin from its manifest, and a child needs to load it."""
+
+    folder: str
+    entry: str
+    attribute: str | None
+    name: str
+    version: str
+    capabilities: tuple[str, ...]
+    env: tuple[str, ...]
+    hook_timeout: float
+    instrument: bool = False
