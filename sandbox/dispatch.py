@@ -17,13 +17,14 @@ from .capture import request_id
 from .link import Link
 from .mcp import McpRuntime, NoSuchToolError, ToolFailedError
 
-__all__ = ["Caller", "Dispatcher"]
+__all__ = ["END", "Caller", "Dispatcher", "Handler", "item_bytes"]
 
 Handler = Callable[[Request], Any]
 
 # Sync handlers that run at once; more wait. Enough for handlers that block on a network, few enough for memory.
 _THREADS: Final = 32
-_END: Final = object()
+END: Final = object()
+"""What ``Caller.next`` gives after the last item."""
 
 
 class Caller:
@@ -34,7 +35,7 @@ class Caller:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="handler")
 
     async def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's result. A thread goes on when its caller is cancelled: see ``threads_of``."""
+        """The function's result. A thread goes on when its caller is cancelled: see ``thread_jobs``."""
         if inspect.iscoroutinefunction(function):
             return await function(*arguments)
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
@@ -42,11 +43,15 @@ class Caller:
         result = await self._on_thread(function, *arguments)
         return await result if inspect.isawaitable(result) else result
 
+    def close(self) -> None:
+        """Let the threads end; a function that runs on one goes on."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def next(self, iterator: Any) -> Any:
-        """The next item of a (sync or async) iterator, ``_END`` after the last."""
+        """The next item of a (sync or async) iterator, ``END`` after the last."""
         if isinstance(iterator, AsyncIterator):
-            return await anext(iterator, _END)
-        return await self._on_thread(next, iterator, _END)
+            return await anext(iterator, END)
+        return await self._on_thread(next, iterator, END)
 
     async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         job: Future[Any] = self._threads.submit(contextvars.copy_context().run, function, *arguments)
@@ -224,7 +229,7 @@ class Dispatcher:
             while True:
                 try:
                     item = await self._call.next(iterator)
-                    data = _item(item)
+                    data = item_bytes(item)
                 except (Exception, SystemExit) as error:
                     if began:
                         raise
@@ -236,9 +241,9 @@ class Dispatcher:
                     return wire.ResponseHead(id, status, headers, body, True)  # type: ignore[arg-type]  # bytes: an error
                 if not began:
                     began = True
-                    kind = stream_type("" if item is _END else item)
+                    kind = stream_type("" if item is END else item)
                     self._link.send(wire.ResponseHead(id, answer.status, [*head, ("content-type", kind)], b"", False))
-                if item is _END:
+                if item is END:
                     return wire.Body(id, b"", True)
                 await self._send_body(exchange, data)
         finally:
@@ -271,8 +276,9 @@ class Dispatcher:
                 await asyncio.sleep(0)  # let other streams of this worker in between
 
 
-def _item(item: object) -> bytes:
-    if item is _END:
+def item_bytes(item: object) -> bytes:
+    """One item of a streamed answer as bytes. Raises ``TypeError``, for the author, if it is neither bytes nor str."""
+    if item is END:
         return b""
     if isinstance(item, str):
         return item.encode()

@@ -51,13 +51,17 @@ class McpRuntime:
         self._thread = threading.get_ident()
         self._servers: dict[str, Any] = {}
         self._starting: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._owners: dict[str, str] = {}  # tool name -> server id, as last listed
 
     def start_local(self, id: str, initializer: Callable[[McpInitContext], Any]) -> Awaitable[None]:
         """See ``hayhost.sdk.Mcp.start_local``. From another thread it blocks until the server runs."""
         self._need("ctx.mcp.start_local()")
         if threading.get_ident() == self._thread:
-            return self._loop.create_task(self._start(id, initializer))
+            task = self._loop.create_task(self._start(id, initializer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return task
         asyncio.run_coroutine_threadsafe(self._start(id, initializer), self._loop).result()
         return _Done()
 
@@ -80,6 +84,10 @@ class McpRuntime:
             )
         self._servers[id] = server
         self._changed(list(self._servers))
+
+    async def settle(self) -> None:
+        """Wait for starts that the author did not await. Raises what the first of them raised."""
+        await asyncio.gather(*self._tasks)
 
     async def list_tools(self) -> list[dict[str, Any]]:
         """The tools of all servers, each with its ``serverId``; servers that fail or hang are left out and logged."""

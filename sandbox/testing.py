@@ -58,7 +58,7 @@ from hayhost.sdk._registry import RESERVED_PATHS, Registry
 from hayhost.sdk.logger import Level
 
 from .answers import Answer, error_answer, render, stream_type
-from .dispatch import _END, Caller, Handler, _item
+from .dispatch import END, Caller, Handler, item_bytes
 from .loader import LoadedPlugin, author_traceback, find_plugin, import_entry
 from .mcp import McpRuntime, NoSuchToolError, ToolFailedError
 from .standin import LoopThread, World, find_route, read_manifest
@@ -372,11 +372,11 @@ class PluginHarness:
         try:
             while True:
                 item = await call.next(answer.body)
-                data = _item(item)
+                data = item_bytes(item)
                 if not began:
                     began = True
-                    headers.append(("content-type", stream_type("" if item is _END else item)))
-                if item is _END:
+                    headers.append(("content-type", stream_type("" if item is END else item)))
+                if item is END:
                     return PluginResponse(answer.status, Headers(headers), tuple(chunks))
                 chunks.append(data)
         except HTTPError as error:

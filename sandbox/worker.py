@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -43,6 +43,7 @@ __all__ = ["run"]
 # How long a stopping worker waits for a front that does not read its last frames.
 _LAST_WRITE: Final = 2.0
 _MCP_STOP: Final = 5.0
+_Then = Callable[[], Awaitable[None]] | None
 
 
 def run(plugin: LoadedPlugin, capture: Capture, descriptor: int) -> NoReturn:
@@ -147,7 +148,7 @@ class _Worker:
         )
         error = start.degraded
         if start.serve:
-            error = await self._run_hook("on_start", context) or error
+            error = await self._run_hook("on_start", context, self._mcp.settle) or error
             stamps.append(("on_start", time.monotonic_ns()))
         self._receive[wire.Request] = dispatcher.request
         self._receive[wire.Body] = dispatcher.body
@@ -165,15 +166,15 @@ class _Worker:
     def _warn(self, message: str) -> None:
         self._capture.log("warning", message)
 
-    async def _run_hook(self, name: str, context: Any) -> str:
-        """Run one hook under its time limit; the error text if it raised, else empty."""
-        return (await self._run_hook_for(name, context))[1]
+    async def _run_hook(self, name: str, context: Any, then: _Then = None) -> str:
+        """Run one hook, and ``then``, under the hook's time limit; the error text if one raised, else empty."""
+        return (await self._run_hook_for(name, context, then))[1]
 
-    async def _run_hook_for(self, name: str, context: Any) -> tuple[Any, str]:
+    async def _run_hook_for(self, name: str, context: Any, then: _Then = None) -> tuple[Any, str]:
         function = self._plugin.hooks.get(name)
         if function is None:
             return None, ""
-        task = self._loop.create_task(self._guarded(function, context))
+        task = self._loop.create_task(self._guarded(function, context, then))
         await asyncio.wait({task}, timeout=self._hook_timeout)
         if not task.done():
             task.cancel()  # and not waited for: it may refuse
@@ -186,9 +187,14 @@ class _Worker:
         self._failed(f"{name} failed", error)
         return None, f"{name} failed: {type(error).__name__}: {error}"[: 4 << 10]
 
-    async def _guarded(self, function: Callable[..., Any], context: Any) -> tuple[Any, BaseException | None]:
+    async def _guarded(
+        self, function: Callable[..., Any], context: Any, then: _Then
+    ) -> tuple[Any, BaseException | None]:
         try:
-            return await self._call(function, context), None
+            value = await self._call(function, context)
+            if then is not None:
+                await then()
+            return value, None
         except BaseException as error:  # sys.exit() in a hook is a failed hook
             return None, error
 

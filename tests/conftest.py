@@ -87,7 +87,7 @@ class HostProcess:
         self.log_file = tempfile.NamedTemporaryFile("r+", suffix=".log")  # noqa: SIM115  # closed in stop()
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HAYHOST_", "HAY_"))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hayhost", *arguments],
+            [sys.executable, "-P", "-m", "hayhost", *arguments],
             env={**environment, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log_file,

@@ -78,7 +78,7 @@ class Stripe:
         except StripeError as error:
             if error.status not in (401, 403):
                 raise  # Stripe could not be asked: the log will say so
-            ctx.logger.info("Stripe refused the key", {"reason": str(error)})
+            ctx.logger.info("Stripe refused the key", meta={"reason": str(error)})
             return False
         return True
 
@@ -111,7 +111,7 @@ class Stripe:
         if event["id"] in seen:
             return {**answer, "duplicate": True}
         seen.append(event["id"])
-        req.ctx.logger.info("event received", {"id": event["id"], "type": event["type"]})
+        req.ctx.logger.info("event received", meta={"id": event["id"], "type": event["type"]})
         return answer
 
 
