@@ -33,6 +33,7 @@ ORG_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 """An org's id. It stands in URLs as it is: no encoded form of it is recognised."""
 
 _WORKER_URL = re.compile(r"/plugins/([a-z0-9][a-z0-9-]{0,63})/([A-Za-z0-9][A-Za-z0-9_.-]{0,127})(/.*)?", re.DOTALL)
+_OWN_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _TICK: Final = 0.25
 
 Host = Callable[["Place", bytes], Awaitable[Answer]]
@@ -225,6 +226,8 @@ class Front(HTTPServerConnectionDelegate):
         exchange.base, exchange.path = place.base, place.path
         method = HOST_ROUTES.get(place.path)
         if method is not None:
+            if place.path not in ("/metadata", "/health"):
+                self._need_own_origin(headers)
             self._need_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method}))
             exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
             return
@@ -237,6 +240,18 @@ class Front(HTTPServerConnectionDelegate):
             raise RequestError("The plugin has no such route", status=404)
         else:
             self._need_method(exchange, found)
+
+    def _need_own_origin(self, headers: HTTPHeaders) -> None:
+        """Refuse what a web page, or a name that was rebound to this machine, makes a browser send."""
+        host = headers.get("Host", "")
+        origin = headers.get("Origin")
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if name.lower() not in {*_OWN_NAMES, self.settings.host.lower()}:
+            raise RequestError("This host is managed at its own address only", status=403)
+        if (origin is not None and origin.lower() != f"http://{host}".lower()) or (
+            headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+        ):
+            raise RequestError("Requests from other origins are refused", status=403)
 
     def _need_method(self, exchange: Exchange, allowed: frozenset[str]) -> None:
         if exchange.method in allowed:

@@ -132,6 +132,9 @@ class Slot:
             if worker is not None:
                 worker.kill()
             raise
+        get_logger().debug(
+            "worker ready", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, serve=serve, ms=worker.phases()
+        )
         if serve:
             self.breaker.succeeded()
             if degraded:

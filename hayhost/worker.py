@@ -221,6 +221,14 @@ class Worker:
             await asyncio.wait({self.exit}, timeout=SLACK)
             self._end("it did not stop")  # a process in an uninterruptible state is given up
 
+    def phases(self) -> dict[str, float]:
+        """How long each phase of its start took, in milliseconds; a spare's ``identity`` includes the wait for an org."""
+        before, phases = self.asked, {}
+        for name, ended in self.stamps:
+            phases[name] = round((ended - before) / 1e6, 3)
+            before = ended
+        return phases
+
     # ---- requests
 
     def open(self, stream: Stream, request: Callable[[int], wire.Request]) -> int:
