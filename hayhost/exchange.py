@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .pool import Slot
     from .worker import Worker
 
-__all__ = ["Answer", "Exchange"]
+__all__ = ["Answer", "Exchange", "StillLoadingError"]
 
 # Bodies up to this size travel in one frame with their request; larger ones are streamed as they arrive.
 _INLINE: Final = wire.CHUNK
@@ -26,6 +26,14 @@ _INLINE: Final = wire.CHUNK
 _DISCARD: Final = 64 << 20
 
 _BODILESS: Final = frozenset({204, 205, 304})
+
+
+class StillLoadingError(Exception):
+    """The request cannot be routed before ``settled`` is set."""
+
+    def __init__(self, settled: asyncio.Event) -> None:
+        super().__init__()
+        self.settled = settled
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -86,18 +94,22 @@ class Exchange(HTTPMessageDelegate):
         self.path, _, self.query = start_line.path.partition("?")
         self._connection.set_close_callback(self.on_connection_close)
         self._front.wait_for(self)
-        loading = self._front.loading(self)
-        if loading is None:
+        try:
             self._route_it()
-            return None
-        return self._route_after(loading)
+        except StillLoadingError as error:
+            return self._route_after(error.settled)
+        return None
 
     async def _route_after(self, loading: "asyncio.Event") -> None:
         waiting = asyncio.create_task(loading.wait())
         await asyncio.wait({waiting}, timeout=self._front.settings.request_timeout)
         waiting.cancel()
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self._route_it()
+        except StillLoadingError:
+            self.refuse(UnavailableError("The plugin is still loading"))
 
     def _route_it(self) -> None:
         try:

@@ -19,7 +19,7 @@ from sandbox import confinement, wire
 from . import lifecycle
 from .catalog import Plugin, PluginState
 from .errors import RequestError, UnavailableError
-from .exchange import Answer, Exchange
+from .exchange import Answer, Exchange, StillLoadingError
 from .installs import Auth, Installation, Installs
 from .logs import get_logger
 from .pool import Pool
@@ -199,16 +199,11 @@ class Front(HTTPServerConnectionDelegate):
 
     # ---- routing
 
-    def loading(self, exchange: Exchange) -> asyncio.Event | None:
-        """What to wait for before the request can be routed: the first load of its plugin."""
-        try:
-            plugin = self._layout.find(exchange.path).plugin if self._layout.own(exchange.path) is None else None
-        except RequestError:
-            return None
-        return plugin.settled if plugin is not None and not plugin.settled.is_set() else None
-
     def route(self, exchange: Exchange, headers: HTTPHeaders) -> None:
-        """Decide where a request goes. Raises ``RequestError`` if it goes nowhere."""
+        """Decide where a request goes.
+
+        Raises ``RequestError`` if it goes nowhere, ``StillLoadingError`` if it can not be known yet.
+        """
         if not exchange.path.startswith("/"):
             raise RequestError("The request's target must be a path", status=400)
         if len(headers.get_list("Host")) > 1:
@@ -221,6 +216,8 @@ class Front(HTTPServerConnectionDelegate):
         if self.stopping:
             raise UnavailableError("The host is stopping")
         place = self._layout.find(exchange.path)
+        if not place.plugin.settled.is_set():
+            raise StillLoadingError(place.plugin.settled)
         self._count += 1
         exchange.id = self._ids(self._count)
         exchange.base, exchange.path = place.base, place.path
