@@ -1,8 +1,8 @@
 """The plugins of a host: what their manifests and zygotes say, and their zygotes' lives."""
 
 import asyncio
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
@@ -10,19 +10,18 @@ from typing import Final
 
 import msgspec
 
-from sandbox.spec import PluginSpec
-
+from .digest import Digests
 from .errors import HostError, ManifestError, PluginLoadError, SettingsError, UnavailableError
 from .logs import PluginLog, get_logger
 from .manifest import Manifest, is_plugin_folder, read_manifest
-from .metadata import Metadata, read_metadata
-from .processes import Nursery, Zygote
-from .routes import RouteTable
+from .processes import Nursery
+from .version import Version, load_version, spec_of
 
-__all__ = ["BadPlugin", "Plugin", "PluginState", "find_plugins", "load_all"]
+__all__ = ["BadPlugin", "LoadRecord", "Plugin", "PluginState", "find_plugins", "load_all"]
 
 _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 10.0
+_HISTORY: Final = 20
 
 
 class PluginState(Enum):
@@ -31,6 +30,18 @@ class PluginState(Enum):
     LOADING = "loading"
     READY = "ready"
     ERROR = "error"
+
+
+class LoadRecord(msgspec.Struct, frozen=True):
+    """One attempt to load or exchange a version. ``at`` is in seconds since the epoch, ``ms`` what it took."""
+
+    at: float
+    action: str
+    digest: str
+    version: str
+    ms: float
+    error: str = ""
+    changes: list[str] = []
 
 
 class BadPlugin(msgspec.Struct, frozen=True):
@@ -66,147 +77,163 @@ def find_plugins(directory: Path) -> tuple[list[Manifest], list[BadPlugin]]:
 
 
 class Plugin:
-    """One plugin: its manifest, what it registered, and the zygote that its workers are forked from."""
+    """One plugin of the host: the version that serves, the one before it, and how its loads went."""
 
     def __init__(self, manifest: Manifest, nursery: Nursery, *, hook_timeout: float, instrument: bool = False) -> None:
+        self.name = manifest.name
+        """Its id in URLs."""
         self.manifest = manifest
-        self.state = PluginState.LOADING
+        """As last read; that of the version that serves is ``current.manifest``."""
+        self.current: Version | None = None
+        self.previous: Version | None = None
+        """The version that served before, its zygote alive, for a rollback."""
         self.error = ""
-        self.metadata = Metadata()
-        self.warnings: list[str] = list(manifest.warnings)
-        self.hooks: frozenset[str] = frozenset()
-        self.routes = RouteTable()
-        self.env: dict[str, str] = {}
-        self.strict_reason = ""
-        """Why its workers are not forked from one zygote; empty if they are."""
-        self.zygote: Zygote | None = None
-        self.retired: list[Zygote] = []
-        self.log = PluginLog(plugin=manifest.name, version=manifest.version)
+        """Why the content on the disk is not what serves; empty if it is."""
+        self.traceback = ""
+        self.seen = ""
+        """The digest of the content that was last tried, whether it loaded or not."""
+        self.history: deque[LoadRecord] = deque(maxlen=_HISTORY)
         self.settled = asyncio.Event()
         """Set once the first load has succeeded or failed."""
-        self.changed: Callable[[], None] = lambda: None
-        """Called when a new zygote is ready."""
-        self._spec = PluginSpec(
-            folder=str(manifest.folder),
-            entry=manifest.entry,
-            attribute=manifest.attribute,
-            name=manifest.name,
-            version=manifest.version,
-            capabilities=manifest.capabilities,
-            env=manifest.env,
-            hook_timeout=hook_timeout,
-            instrument=instrument,
-        )
+        self.changed: Callable[[Version | None, Version], None] = lambda old, new: None
+        """Called with the old and the new version when another one serves."""
+        self.log = PluginLog(plugin=manifest.name)
         self._nursery = nursery
-        self._loading: asyncio.Task[Zygote] | None = None
+        self._hook_timeout = hook_timeout
+        self._instrument = instrument
+        self._digests = Digests()
+        self._respawning: asyncio.Task[Version] | None = None
         self._closed = False
 
     @property
-    def name(self) -> str:
-        """Its id in URLs."""
-        return self.manifest.name
+    def state(self) -> PluginState:
+        """Whether it can be served."""
+        if self.current is not None:
+            return PluginState.READY
+        return PluginState.ERROR if self.settled.is_set() else PluginState.LOADING
 
-    @property
-    def strict(self) -> bool:
-        """Whether each of its workers loads the plugin for itself."""
-        return bool(self.strict_reason)
+    def digest(self) -> "asyncio.Future[str]":
+        """The digest of the folder's content now, read on a thread."""
+        return asyncio.get_running_loop().run_in_executor(None, self._digests.of, self.manifest.folder)
 
     async def load(self) -> None:
-        """Load it. Raises ``PluginLoadError``, after which ``error`` says why."""
+        """Load it for the first time. Raises ``PluginLoadError``, after which ``error`` says why."""
+        started = time.monotonic()
         try:
-            zygote = await self.spawn()
+            version = await self.load_version(self.manifest, await self.digest())
         except HostError as error:
-            self.state, self.error = PluginState.ERROR, str(error)
+            self.failed("load", error, started)
             raise
         else:
-            self._adopt(zygote)
+            self.serve(version, "load", started)
         finally:
             self.settled.set()
 
-    async def spawn(self) -> Zygote:
-        """A zygote that has loaded the plugin. Raises ``PluginLoadError`` or ``HostError``."""
-        zygote = await self._nursery.spawn(self._spec, self.log)
-        try:
-            loaded = await zygote.loaded
-            metadata = read_metadata(loaded.metadata, self.manifest)
-        except BaseException:
-            zygote.kill()
-            raise
-        self.metadata = metadata
-        self.warnings = [*self.manifest.warnings, *loaded.warnings]
-        self.hooks = frozenset(loaded.hooks)
-        self.routes = RouteTable((route.method, route.path) for route in metadata.routes)
-        named = {field.env for field in metadata.config_schema.values() if isinstance(field.env, str)}
-        self.env = {name: os.environ[name] for name in named if name in os.environ}
-        if loaded.threads > 1:
-            self.strict_reason = (
-                f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"
-            )
-        else:
-            self.strict_reason = ""
-        return zygote
+    async def load_version(self, manifest: Manifest, digest: str) -> Version:
+        """A version of its own of the content that is in the folder now. Raises as ``hayhost.version.load_version``."""
+        self.seen = digest
+        spec = spec_of(manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
+        return await load_version(self._nursery, manifest, digest, spec, self.log)
 
-    def _adopt(self, zygote: Zygote) -> None:
-        self.zygote = zygote
-        self.state, self.error = PluginState.READY, ""
-        zygote.lost = lambda: self._lost(zygote)
-        self.changed()
+    def failed(self, action: str, error: HostError, started: float) -> None:
+        """Keep why a load failed; what served goes on serving."""
+        self.error = str(error)
+        self.traceback = error.traceback if isinstance(error, PluginLoadError) else ""
+        took = (time.monotonic() - started) * 1000
+        self.history.append(LoadRecord(time.time(), action, self.seen, self.manifest.version, took, self.error))
 
-    def _lost(self, zygote: Zygote) -> None:
-        if zygote is self.zygote and not self._closed:
+    def serve(self, version: Version, action: str, started: float, changes: list[str] | None = None) -> None:
+        """Let ``version`` serve from now on."""
+        old, self.current = self.current, version
+        self.manifest = version.manifest
+        self.error = self.traceback = ""
+        self.log.bind(version=version.manifest.version)
+        version.zygote.lost = lambda: self._lost(version)
+        took = (time.monotonic() - started) * 1000
+        self.history.append(
+            LoadRecord(time.time(), action, version.digest, version.manifest.version, took, changes=changes or [])
+        )
+        self.changed(old, version)
+
+    def keep(self, version: Version) -> None:
+        """Keep ``version``, which served until now, for a rollback, and let go of the one before it."""
+        if self.previous is not None and self.previous is not version:
+            self.previous.close()
+        self.previous = version
+
+    def _lost(self, version: Version) -> None:
+        if self._closed:
+            return
+        if version is self.previous:
+            self.previous = None
+        elif version is self.current:
             get_logger().warning("the plugin's zygote died; starting it anew", plugin=self.name)
-            self.zygote = None
-            self._begin_loading()
+            self._respawn()
 
-    def _begin_loading(self) -> "asyncio.Task[Zygote]":
-        if self._loading is None or self._loading.done():
-            self._loading = asyncio.get_running_loop().create_task(self._reload())
-            self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self._loading
+    def _respawn(self) -> "asyncio.Task[Version]":
+        if self._respawning is None or self._respawning.done():
+            self._respawning = asyncio.get_running_loop().create_task(self._load_again())
+            self._respawning.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._respawning
 
-    async def _reload(self) -> Zygote:
+    async def _load_again(self) -> Version:
         delay = _RETRY_FIRST
         while True:
             started = time.monotonic()
+            before = self.current
             try:
-                zygote = await self.spawn()
+                version = await self.load_version(self.manifest, await self.digest())
             except HostError as error:
-                self.error = str(error)
+                self.failed("restart", error, started)
                 get_logger().error("the plugin did not load again", plugin=self.name, reason=str(error))
                 await asyncio.sleep(max(0.0, delay - (time.monotonic() - started)))
                 delay = min(_RETRY_MOST, delay * 2)
-            else:
-                self._adopt(zygote)
-                return zygote
+                continue
+            if self.current is not before and self.current is not None and self.current.alive:
+                version.close()  # a reload came first
+                return self.current
+            self.serve(version, "restart", started)
+            return version
 
-    async def ready_zygote(self) -> Zygote:
-        """Its zygote, waited for while it is started anew. Raises ``UnavailableError`` if it did not load."""
-        if self.zygote is not None and self.zygote.alive:
-            return self.zygote
-        if self.state is not PluginState.READY:
-            raise UnavailableError(f"The plugin {self.name} is not loaded: {self.error.splitlines()[0]}", 5)
-        return await asyncio.shield(self._begin_loading())
+    async def ready_version(self) -> Version:
+        """The version that serves, waited for while its zygote is started anew.
+
+        Raises ``UnavailableError`` if the plugin did not load.
+        """
+        if self.current is None:
+            raise UnavailableError(f"The plugin {self.name} is not loaded: {self.reason}", 5)
+        return self.current if self.current.alive else await asyncio.shield(self._respawn())
+
+    async def twin(self, version: Version) -> Version:
+        """Another zygote of ``version``, for a worker that is not to be forked.
+
+        Raises ``UnavailableError`` if the folder has other content by now, or ``HostError`` if it does not load.
+        """
+        if await self.digest() != version.digest:
+            raise UnavailableError(f"The files of the plugin {self.name} have changed since it was loaded", 5)
+        spec = spec_of(version.manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
+        return await load_version(self._nursery, version.manifest, version.digest, spec, self.log)
+
+    @property
+    def reason(self) -> str:
+        """One line on why it is not served."""
+        return self.error.partition("\n")[0] or "it is still loading"
 
     async def renew(self) -> None:
-        """Start another zygote in place of this one, whose workers live on."""
-        if self.zygote is not None:
-            old, self.zygote = self.zygote, None
-            self.retired.append(old)
-            await self._begin_loading()
-
-    def retire(self) -> None:
-        """Close the zygotes that ``renew`` replaced."""
-        while self.retired:
-            self.retired.pop().close()
+        """Start another zygote in place of the one that serves, whose workers live on."""
+        if (old := self.current) is not None and old.alive:
+            old.zygote.lost = lambda: None
+            old.close()
+            await self._respawn()
 
     def close(self) -> None:
         """Let its zygotes exit. Closing twice is safe."""
         self._closed = True
-        if self._loading:
-            self._loading.cancel()
-        self.retire()
-        if self.zygote:
-            self.zygote.close()
+        if self._respawning:
+            self._respawning.cancel()
+        for version in (self.current, self.previous):
+            if version is not None:
+                version.close()
 
 
 async def load_all(plugins: Iterable[Plugin], at_once: int) -> None:
@@ -227,10 +254,9 @@ async def load_all(plugins: Iterable[Plugin], at_once: int) -> None:
                     "plugin loaded",
                     plugin=plugin.name,
                     version=plugin.manifest.version,
-                    routes=len(plugin.metadata.routes),
-                    sharing="strict" if plugin.strict else "fork",
+                    sharing="strict" if plugin.current and plugin.current.strict else "fork",
                 )
-            for warning in plugin.warnings:
+            for warning in plugin.current.warnings if plugin.current else plugin.manifest.warnings:
                 get_logger().warning(warning, plugin=plugin.name)
 
     await asyncio.gather(*(load(plugin) for plugin in plugins))

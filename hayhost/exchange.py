@@ -16,6 +16,7 @@ from .responses import BadResponseError, plugin_headers, request_headers, start_
 if TYPE_CHECKING:
     from .front import Front
     from .pool import Slot
+    from .version import Version
     from .worker import Worker
 
 __all__ = ["Answer", "Exchange", "StillLoadingError"]
@@ -66,6 +67,7 @@ class Exchange(HTTPMessageDelegate):
         self._headers = HTTPHeaders()
         self._handler: Callable[[Exchange, bytes], None] | None = None
         self._route: tuple[int, list[str]] = (0, [])
+        self._version: Version | None = None
         self._worker: Worker | None = None
         self._stream = 0
         self._closed = False
@@ -179,10 +181,11 @@ class Exchange(HTTPMessageDelegate):
         """Call ``handler(exchange, body)`` once the body is there."""
         self._handler = handler
 
-    def to_plugin(self, slot: "Slot", index: int, params: list[str]) -> None:
-        """Hand it to a worker of ``slot``, as route ``index``, once the body (or enough of it) is there."""
+    def to_plugin(self, slot: "Slot", index: int, params: list[str], version: "Version | None" = None) -> None:
+        """Hand it to a worker of ``slot``, as route ``index`` of ``version``, once the body (or enough) is there."""
         self.slot = slot
         self._route = (index, params)
+        self._version = version
 
     def to_runtime(self, slot: "Slot", index: int, body: bytes) -> None:
         """Hand it, from its host handler, to the worker's runtime, with ``body`` for a body."""
@@ -194,6 +197,16 @@ class Exchange(HTTPMessageDelegate):
     # ---- the worker, from its slot
 
     def begin(self, worker: "Worker") -> None:
+        if self._version is not None and worker.version is not self._version:
+            # It was routed before another version took over: what counts is what the worker has.
+            try:
+                found = self._front.match(self, worker.version)
+            except RequestError as error:
+                self.refuse(error)
+                return
+            if found is None:
+                return
+            self._route = (found.route, found.params)
         self._worker = worker
         body, self._buffer = b"".join(self._buffer), []
         whole = self._request_ended and len(body) <= _INLINE

@@ -26,6 +26,7 @@ from .pool import Pool
 from .routes import HOST_ROUTES, Match
 from .settings import Settings
 from .states import WorkerState
+from .version import Version
 
 __all__ = ["ORG_ID", "Front", "OneOrg", "Place", "Site"]
 
@@ -228,15 +229,24 @@ class Front(HTTPServerConnectionDelegate):
             self._need_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method}))
             exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
             return
-        found = place.plugin.routes.match(exchange.method, place.path)
+        slot = self._pool.slots.get((place.plugin.name, place.org_id))
+        # The org's worker may still be of the version before: what it does not have, it cannot answer.
+        version = slot.worker.version if slot is not None and slot.worker is not None else place.plugin.current
+        if version is None:
+            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
+        found = self.match(exchange, version)
+        if found is not None:
+            exchange.to_plugin(slot or self._pool.slot(place.plugin, place.org_id), found.route, found.params, version)
+
+    def match(self, exchange: Exchange, version: Version) -> Match | None:
+        """The route of a request in ``version``; ``None`` if it is answered here. Raises ``RequestError``."""
+        found = version.routes.match(exchange.method, exchange.path)
         if isinstance(found, Match):
-            exchange.to_plugin(self._pool.slot(place.plugin, place.org_id), found.route, found.params)
-        elif place.plugin.state is not PluginState.READY and not found:
-            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
-        elif not found:
+            return found
+        if not found:
             raise RequestError("The plugin has no such route", status=404)
-        else:
-            self._need_method(exchange, found)
+        self._need_method(exchange, found)
+        return None
 
     def _need_own_origin(self, headers: HTTPHeaders) -> None:
         """Refuse what a web page, or a name that was rebound to this machine, makes a browser send."""
@@ -284,11 +294,11 @@ class Front(HTTPServerConnectionDelegate):
             exchange.refuse(RequestError("Internal server error"))
 
     async def _metadata(self, place: Place, _body: bytes) -> Answer:
-        if place.plugin.state is not PluginState.READY:
-            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
+        if place.plugin.current is None:
+            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
         slot = self._pool.slots.get((place.plugin.name, place.org_id))
         running = slot.worker.mcp_servers if slot and slot.worker else []
-        metadata = msgspec.to_builtins(place.plugin.metadata)
+        metadata = msgspec.to_builtins(place.plugin.current.metadata)
         return Answer(200, {**metadata, "mcp": {"local": [{"id": id} for id in running], "external": []}})
 
     async def _health(self, place: Place, _body: bytes) -> Answer:
@@ -296,8 +306,9 @@ class Front(HTTPServerConnectionDelegate):
         slot = self._pool.slots.get((plugin.name, place.org_id))
         worker = slot.worker if slot else None
         state = slot.state if slot else WorkerState.STOPPED
-        error = (slot.last_error if slot else "") or place.installation.problem
-        if plugin.state is PluginState.ERROR:
+        version = worker.version if worker else plugin.current
+        error = (slot.last_error if slot else "") or plugin.error or place.installation.problem
+        if version is None:
             state, error = WorkerState.ERROR, plugin.error
         servers = worker.mcp_servers if worker else []
         body = {
@@ -308,15 +319,15 @@ class Front(HTTPServerConnectionDelegate):
             "pid": worker.pid if worker else None,
             "orgId": place.org_id,
             "plugin": plugin.name,
-            "version": plugin.manifest.version,
+            "version": (version.manifest if version else plugin.manifest).version,
             "mcpServers": {"count": len(servers), "servers": servers},
             "memory": _memory(worker.pid if worker else 0),
             "isolation": confinement.level(),
-            "sharing": "strict" if plugin.strict else "fork",
+            "sharing": "strict" if version and version.strict else "fork",
             "lastError": error or None,
         }
-        if plugin.strict:
-            body["sharingReason"] = plugin.strict_reason
+        if version and version.strict:
+            body["sharingReason"] = version.strict_reason
         return Answer(503 if state.health == "unhealthy" else 200, body)
 
     async def _validate_auth(self, place: Place, body: bytes) -> Answer:
@@ -379,10 +390,6 @@ def _json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object", status=400)
     return value
-
-
-def _first_line(plugin: Plugin) -> str:
-    return plugin.error.partition("\n")[0] or "it is still loading"
 
 
 def _memory(pid: int) -> dict[str, int | None]:

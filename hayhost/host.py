@@ -73,7 +73,7 @@ class Host:
     def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
         """Make a plugin known; ``load`` loads it."""
         plugin = Plugin(manifest, self.nursery, hook_timeout=self.settings.hook_timeout, instrument=instrument)
-        plugin.changed = lambda: self.pool.drop_spares(plugin)
+        plugin.changed = lambda old, new: self.pool.drop_spares(plugin)
         self.plugins[plugin.name] = plugin
         return plugin
 
@@ -107,12 +107,11 @@ class Host:
 
     async def _renew(self) -> None:
         """New zygotes from a new nursery, then new workers from those: the old ones would outlive a killed host."""
-        for plugin in self.plugins.values():
+        for plugin in list(self.plugins.values()):
             await plugin.renew()
-            for worker, slot in list(self.pool.lru.items()):
-                if slot.plugin is plugin and worker.zygote is not plugin.zygote:
-                    await slot.replace("the nursery was started anew")
-            plugin.retire()
+            for slot in list(self.pool.slots.values()):
+                if slot.plugin is plugin and slot.worker is not None and slot.worker.version is not plugin.current:
+                    await slot.replace("the nursery was started anew", carry=True)
 
     def handle_signals(self, stopping: Callable[[], None] = lambda: None) -> None:
         """Stop on SIGTERM or SIGINT; a second signal while stopping is only warned about."""

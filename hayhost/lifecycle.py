@@ -23,7 +23,7 @@ async def validate_auth(
     The hook sees the stored config, overlaid with ``config``, overlaid with the credentials. Without the hook every
     credential is valid; a hook that raises, hangs or dies says no.
     """
-    if "on_validate_auth" not in slot.plugin.hooks:
+    if "on_validate_auth" not in (await slot.plugin.ready_version()).hooks:
         return True
     merged = {**installation.config, **(config or {}), **auth.credentials}
     candidate = msgspec.structs.replace(installation, config=merged, auth=auth)
@@ -51,9 +51,9 @@ async def update_config(pool: Pool, slot: Slot, installation: Installation, conf
 
 
 async def _config_hook(pool: Pool, slot: Slot, installation: Installation) -> None:
-    if "on_config_update" not in slot.plugin.hooks:
-        return
     try:
+        if "on_config_update" not in (await slot.plugin.ready_version()).hooks:
+            return
         async with contextlib.AsyncExitStack() as stack:
             worker = slot.worker
             if worker is None:
@@ -71,9 +71,10 @@ async def disable(pool: Pool, slot: Slot, installation: Installation) -> None:
             return
         worker = slot.release()
         pool.installs.save(slot.plugin.name, msgspec.structs.replace(current, enabled=False))
-        if worker is None and "on_disable" in slot.plugin.hooks:
+        if worker is None:
             try:
-                worker = await slot.launch(installation)
+                if "on_disable" in (await slot.plugin.ready_version()).hooks:
+                    worker = await slot.launch(installation)
             except RequestError as error:
                 get_logger().error(
                     "on_disable could not run", plugin=slot.plugin.name, org=slot.org_id, reason=error.message

@@ -2,25 +2,30 @@
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Protocol, TypeVar
 
 from .catalog import Plugin
-from .errors import QueueFullError, RequestError, StartFailedError, UnavailableError
+from .errors import HostError, QueueFullError, RequestError, StartFailedError, UnavailableError
 from .installs import Installation, Installs
 from .logs import PluginLog, get_logger
 from .settings import Settings
 from .states import WorkerState
 from .supervisor import Backoff, Breaker
+from .version import Version
 from .worker import SLACK, Worker
 
 __all__ = ["Pool", "Slot", "Waiter"]
+
+T = TypeVar("T")
 
 _TICK: Final = 0.5
 # Handlers that were cancelled and still run after this many seconds are stuck: their worker is replaced.
 _STUCK_AFTER: Final = 3.0
 # A zygote reports how its worker ended a moment after the worker's socket has told that it did.
 _WORD_AFTER: Final = 0.05
+# Requests wait this long at most while an org's state moves from one worker to the next.
+_LONGEST_HOLD: Final = 1.0
 # Spares are refilled when nothing has been started for this long, so that no start waits for them.
 _REFILL_AFTER: Final = 0.05
 
@@ -48,10 +53,12 @@ class Slot:
         self.breaker = Breaker()
         self.last_error = ""
         self.restarts = 0
+        self.trial_error = ""
         self.queue: OrderedDict[Waiter, None] = OrderedDict()
         self._pool = pool
         self._starting: asyncio.Task[None] | None = None
         self._down = False  # crashed, and not started again yet
+        self._held = False  # requests wait although there is a worker: its state is on the way to the next one
 
     @property
     def state(self) -> WorkerState:
@@ -67,7 +74,7 @@ class Slot:
         worker = self.worker
         pool = self._pool
         if worker is not None and worker.lifecycle.state.serving and not self.queue:
-            if len(worker.streams) < pool.settings.max_requests:
+            if not self._held and len(worker.streams) < pool.settings.max_requests:
                 waiter.begin(worker)
                 return
         else:
@@ -107,14 +114,29 @@ class Slot:
                 self._fail_queue(error)
                 return
             self.adopt(worker)
+            if worker.version is not self.plugin.current:  # another took over meanwhile
+                await self.replace_locked("another version serves")
 
-    async def launch(self, installation: Installation, *, serve: bool = True) -> Worker:
-        """A new worker of this org, ready. Raises ``StartFailedError`` and the like, which are counted if it serves."""
+    async def launch(
+        self,
+        installation: Installation,
+        *,
+        serve: bool = True,
+        version: Version | None = None,
+        carry: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> Worker:
+        """A new worker of this org, ready: of ``version``, else of the one that serves.
+
+        ``carry()`` is asked for the state of the worker that it replaces once the new process is there. Raises
+        ``StartFailedError`` and the like, which are counted if it serves.
+        """
         pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
         worker: Worker | None = None
         try:
-            worker = await pool.take(self.plugin)
-            worker.start(installation, self.plugin.env, serve=serve, hook_timeout=hook_timeout)
+            worker = await pool.take(self.plugin, version)
+            if carry is not None:
+                worker.send_state(await carry())
+            worker.start(installation, serve=serve, hook_timeout=hook_timeout)
             degraded = await worker.ready(hook_timeout + SLACK)
         except RequestError as error:
             if worker is not None:
@@ -155,7 +177,7 @@ class Slot:
 
     def pump(self) -> None:
         """Give waiting requests to the worker, as many as it may have."""
-        while self.queue and self.worker is not None and self.worker.lifecycle.state.serving:
+        while self.queue and not self._held and self.worker is not None and self.worker.lifecycle.state.serving:
             if len(self.worker.streams) >= self._pool.settings.max_requests:
                 return
             self.queue.popitem(last=False)[0].begin(self.worker)
@@ -191,34 +213,73 @@ class Slot:
             "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=how or reason
         )
 
-    async def replace(self, reason: str) -> None:
-        """Start a new worker beside the serving one, swap, and let the old one finish. Keeps the old one on failure."""
-        async with self.lock:
-            await self.replace_locked(reason)
+    async def replace(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
+        """Start a new worker beside the serving one, swap, and let the old one finish.
 
-    async def replace_locked(self, reason: str) -> None:
+        With ``carry`` the new one gets the old one's ``state``. If it does not start, the old one goes on: ``False``.
+        """
+        async with self.lock:
+            return await self.replace_locked(reason, version, carry=carry)
+
+    async def replace_locked(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
         """As ``replace``, for whoever holds the lock."""
         old = self.worker
         installation = self._pool.installs.find(self.plugin.name, self.org_id)
         if old is None or installation is None:
-            return
+            return True
+        serving = old
+        release: asyncio.TimerHandle | None = None
+
+        async def state() -> bytes:
+            nonlocal release
+            # What requests would change from here on would be lost, so they wait; but not for a slow on_start.
+            self._held = True
+            release = self._pool.loop.call_later(_LONGEST_HOLD, self._let_go)
+            dumped = await serving.dump_state()
+            if not dumped:
+                self._let_go()
+            return dumped
+
         try:
-            worker = await self.launch(installation)
+            worker = await self.launch(installation, version=version, carry=state if carry else None)
         except RequestError as error:
             get_logger().error(
                 "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
             )
-            return
+            self._let_go()
+            return False
+        finally:
+            self._held = False
+            if release is not None:
+                release.cancel()
         old = self.release() or old
         self.adopt(worker)
-        get_logger().info("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
+        get_logger().debug("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
         self._pool.spawn(self._pool.retire(old))
+        return True
 
-    def close(self) -> None:
-        """Fail what waits: the host is stopping."""
+    async def try_version(self, version: Version) -> bool:
+        """Replace the worker by one of ``version``; if that does not start, ``trial_error`` says why."""
+        self.trial_error = ""
+        before = self.last_error
+        async with self.lock:
+            if self.worker is None:
+                return True
+            if await self.replace_locked("another version is tried", version, carry=True):
+                return True
+            self.trial_error, self.last_error = self.last_error, before
+            self.breaker.succeeded()  # the version that serves did not fail
+            return False
+
+    def _let_go(self) -> None:
+        self._held = False
+        self.pump()
+
+    def close(self, reason: str) -> None:
+        """Fail what waits."""
         if self._starting is not None:
             self._starting.cancel()
-        self._fail_queue(UnavailableError("The host is stopping"))
+        self._fail_queue(UnavailableError(reason))
 
 
 class Pool:
@@ -242,7 +303,7 @@ class Pool:
         self._last_start = 0.0
         self._ticker = self.spawn(self._tick())
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """Run a task that the pool owns; what it raises is logged, never lost."""
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
@@ -263,7 +324,7 @@ class Pool:
 
     # ---- processes
 
-    async def take(self, plugin: Plugin) -> Worker:
+    async def take(self, plugin: Plugin, version: Version | None = None) -> Worker:
         """A worker of ``plugin`` that has said hello and has no org: a spare, or a new one once there is room.
 
         Raises ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
@@ -272,15 +333,19 @@ class Pool:
         spares = self.spares.get(plugin.name)
         while spares:
             worker = spares.popleft()
-            if not worker.exit.done():
+            if not worker.exit.done() and worker.version is (version or plugin.current):
                 return worker
+            worker.kill()
         await self._make_room()
-        return await self._fork(plugin)
+        return await self._fork(plugin, version or await plugin.ready_version())
 
-    async def _fork(self, plugin: Plugin) -> Worker:
-        zygote = await plugin.ready_zygote() if not plugin.strict else await plugin.spawn()
-        log = PluginLog(plugin=plugin.name, version=plugin.manifest.version)
-        worker = Worker(zygote, log, self._gone, strict=plugin.strict)
+    async def _fork(self, plugin: Plugin, version: Version) -> Worker:
+        try:
+            zygote = (await plugin.twin(version)).zygote if version.strict else version.zygote
+        except HostError as error:
+            raise StartFailedError(str(error).partition("\n")[0]) from None
+        log = PluginLog(plugin=plugin.name, version=version.manifest.version)
+        worker = Worker(version, zygote, log, self._gone)
         self.workers[worker] = None
         try:
             async with asyncio.timeout(self.settings.hook_timeout + SLACK):
@@ -341,7 +406,7 @@ class Pool:
     def _gone(self, worker: Worker, reason: str) -> None:
         slot = self.workers.pop(worker, None)
         self.lru.pop(worker, None)
-        if worker.strict:
+        if worker.zygote is not worker.version.zygote:
             worker.zygote.close()
         if slot is not None and not self._closing:
             slot.crashed(worker, reason)
@@ -401,21 +466,33 @@ class Pool:
             spares = self.spares.setdefault(name, deque())
             while spares and spares[0].exit.done():
                 spares.popleft()
-            if len(spares) < self.settings.spares and not plugin.strict and plugin.zygote is not None:
-                self.spawn(self._add_spare(plugin, spares))
+            version = plugin.current
+            if len(spares) < self.settings.spares and version is not None and version.alive and not version.strict:
+                self.spawn(self._add_spare(plugin, version, spares))
 
-    async def _add_spare(self, plugin: Plugin, spares: "deque[Worker]") -> None:
+    async def _add_spare(self, plugin: Plugin, version: Version, spares: "deque[Worker]") -> None:
         try:
-            worker = await self._fork(plugin)
+            worker = await self._fork(plugin, version)
         except RequestError:
             return  # a start that needs it meets the same error and reports it
-        if len(spares) < self.settings.spares and worker.zygote is plugin.zygote:
+        if len(spares) < self.settings.spares and version is plugin.current and self.spares.get(plugin.name) is spares:
             spares.append(worker)
         else:
             worker.kill()
 
+    def remove(self, plugin: Plugin) -> None:
+        """Stop all workers of a plugin that is not served any more."""
+        self.drop_spares(plugin)
+        for key, slot in list(self.slots.items()):
+            if slot.plugin is plugin:
+                del self.slots[key]
+                worker = slot.release()
+                slot.close("The plugin is not served any more")
+                if worker is not None:
+                    self.spawn(self.retire(worker))
+
     def drop_spares(self, plugin: Plugin) -> None:
-        """Kill spares that were forked from a zygote that is not the plugin's any more."""
+        """Kill spares of a version that serves no more."""
         for worker in self.spares.pop(plugin.name, ()):
             worker.kill()
 
@@ -424,7 +501,7 @@ class Pool:
         self._closing = True
         self._ticker.cancel()
         for slot in self.slots.values():
-            slot.close()
+            slot.close("The host is stopping")
         stops = []
         for worker, serves in list(self.workers.items()):
             if serves is not None:

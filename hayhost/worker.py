@@ -15,11 +15,13 @@ from .installs import Installation
 from .logs import PluginLog
 from .processes import Process, Zygote
 from .states import Lifecycle, WorkerState
+from .version import Version
 
 __all__ = ["Stream", "Worker"]
 
 # Besides the hooks it runs: a loaded machine's scheduling.
 SLACK: Final = 5.0
+_DUMP_TIMEOUT: Final = 2.0
 
 
 class Stream(Protocol):
@@ -45,10 +47,11 @@ class Worker:
     for whatever reason and all its streams have been told.
     """
 
-    def __init__(self, zygote: Zygote, log: PluginLog, gone: Callable[["Worker", str], None], *, strict: bool) -> None:
+    def __init__(self, version: Version, zygote: Zygote, log: PluginLog, gone: Callable[["Worker", str], None]) -> None:
         loop = asyncio.get_running_loop()
+        self.version = version
         self.zygote = zygote
-        self.strict = strict
+        """Where it comes from: its version's zygote or, if that must not fork, one of its own that turns into it."""
         self.lifecycle = Lifecycle(WorkerState.STOPPED)
         self.lifecycle.to(WorkerState.STARTING)
         self.asked = time.monotonic_ns()
@@ -78,8 +81,14 @@ class Worker:
         self._quiet = asyncio.Event()
         self.released: Callable[[], None] = lambda: None
         """Called whenever a stream has ended."""
+        self._state: bytearray | None = None
+        self._dumped: asyncio.Future[bytes] | None = None
         self._channel = Channel(
-            zygote.fork(become=strict), wire.FromWorker, hello=self._hello, receive=self._receive, closed=self._end
+            zygote.fork(become=zygote is not version.zygote),
+            wire.FromWorker,
+            hello=self._hello,
+            receive=self._receive,
+            closed=self._end,
         )
         self._handle: dict[type, Callable[[Any], None]] = {
             wire.ResponseHead: self._on_head,
@@ -91,6 +100,7 @@ class Worker:
             wire.Ready: self._on_ready,
             wire.HookDone: self._on_hook_done,
             wire.McpServers: self._on_mcp_servers,
+            wire.State: self._on_state,
             wire.Failed: lambda m: self._end(m.error),
         }
 
@@ -117,7 +127,7 @@ class Worker:
         if not self.hello.done():
             self.hello.set_result(None)
 
-    def start(self, installation: Installation, env: dict[str, str], *, serve: bool, hook_timeout: float) -> None:
+    def start(self, installation: Installation, *, serve: bool, hook_timeout: float) -> None:
         """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests."""
         encode = msgspec.json.encode
         self._identified = True
@@ -128,7 +138,7 @@ class Worker:
                 installation.org_name,
                 encode(installation.config),
                 encode(installation.auth),
-                encode(env),
+                encode(self.version.env),
                 serve,
                 hook_timeout,
                 installation.problem,
@@ -176,6 +186,8 @@ class Worker:
             if not hook.done():
                 hook.set_exception(WorkerLostError("the worker died during the hook"))
         self._hooks.clear()
+        if self._dumped is not None and not self._dumped.done():
+            self._dumped.set_exception(WorkerLostError("the worker died"))
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.failed(WorkerLostError("The worker died before it answered"))
@@ -222,7 +234,7 @@ class Worker:
             self._end("it did not stop")  # a process in an uninterruptible state is given up
 
     def phases(self) -> dict[str, float]:
-        """How long each phase of its start took, in milliseconds; a spare's ``identity`` includes the wait for an org."""
+        """Milliseconds that each phase of its start took; a spare's ``identity`` includes the wait for an org."""
         before, phases = self.asked, {}
         for name, ended in self.stamps:
             phases[name] = round((ended - before) / 1e6, 3)
@@ -286,6 +298,40 @@ class Worker:
     def _on_window(self, message: wire.Window) -> None:
         if (stream := self.streams.get(message.id)) is not None:
             stream.credit(message.size)
+
+    # ---- state
+
+    async def dump_state(self) -> bytes:
+        """The worker's ``state``, pickled by it: bytes for the next worker of the same org, opaque here.
+
+        Empty if it is empty, cannot be had soon, or is larger than a state may be; the log says so.
+        """
+        if self.exit.done() or self._dumped is not None:
+            return b""
+        self._dumped, self._state = self._loop.create_future(), bytearray()
+        self._channel.send(wire.DumpState())
+        try:
+            async with asyncio.timeout(_DUMP_TIMEOUT):
+                return await self._dumped
+        except (TimeoutError, WorkerLostError):
+            self._log.record("warning", "the worker did not hand over its state in time; the next starts without")
+            return b""
+        finally:
+            self._dumped = self._state = None
+
+    def _on_state(self, message: wire.State) -> None:
+        if self._state is None or self._dumped is None or self._dumped.done():
+            return  # it comes too late
+        self._state += message.data
+        if len(self._state) > wire.MAX_STATE:
+            self.misbehaved("more state than a worker may have")
+        elif message.end:
+            self._dumped.set_result(bytes(self._state))
+
+    def send_state(self, state: bytes) -> None:
+        """Give it the state of the worker that it replaces; before ``start``."""
+        for start in range(0, len(state), wire.CHUNK):
+            self._channel.send(wire.State(state[start : start + wire.CHUNK], start + wire.CHUNK >= len(state)))
 
     # ---- hooks and the rest
 

@@ -19,6 +19,7 @@ from hayhost.sdk._registry import Registry
 from hayhost.sdk.definition import Hook
 from hayhost.sdk.errors import DefinitionError
 
+from .snapshot import Snapshot
 from .spec import PluginSpec
 
 __all__ = ["LoadedPlugin", "author_traceback", "import_entry", "load", "time_limit"]
@@ -89,13 +90,13 @@ def import_entry(spec: PluginSpec) -> ModuleType:
     else:
         file, base, name, file_given = "", root, spec.entry, False
     sys.path[:0] = dict.fromkeys((root, base))
-    if spec.instrument:
-        _instrument(root)
+    snapshot = Snapshot(root, instrument=spec.instrument)
+    snapshot.install()
     importlib.invalidate_caches()
     if file_given and (name.partition(".")[0] in sys.modules or not _finds(name, file)):
         # A plugin may call its file json.py or worker.py: ours is imported already, so give it a name of its own.
         name = "hay_plugin_" + name.replace(".", "_").replace("-", "_")
-        found = importlib.util.spec_from_file_location(name, file)
+        found = importlib.util.spec_from_file_location(name, file, loader=snapshot.loader(name, file))
         if found is None or found.loader is None:
             raise DefinitionError(f"entry {spec.entry!r} is not a Python file")
         module = importlib.util.module_from_spec(found)
@@ -114,21 +115,6 @@ def _finds(name: str, file: str) -> bool:
         return True
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     return found is not None and found.origin is not None and os.path.realpath(found.origin) == file
-
-
-def _instrument(root: str) -> None:
-    """Check the author's own annotations at run time too, in every module below ``root``."""
-    from typeguard import TypeguardFinder, install_import_hook
-
-    class Finder(TypeguardFinder):
-        def should_instrument(self, module_name: str) -> bool:
-            try:
-                spec = importlib.machinery.PathFinder.find_spec(module_name, sys.path)
-            except (ImportError, ValueError):
-                return False
-            return bool(spec and spec.origin and os.path.realpath(spec.origin).startswith(os.path.join(root, "")))
-
-    install_import_hook(cls=Finder)
 
 
 def find_plugin(module: ModuleType, attribute: str | None) -> HayPlugin:

@@ -139,6 +139,7 @@ class World:
         self._root = os.path.join(folder, "")
         self._folder = folder
         self._path: list[str] | None = None
+        self._hooks: list[Any] = []
         self._modules: dict[str, ModuleType] = {}
 
     def enter(self) -> None:
@@ -149,8 +150,10 @@ class World:
             if World._entered is not None:
                 World._entered.leave()
             self._outside = (list(sys.path), dict(sys.modules), dict(os.environ), os.getcwd())
+            self._hooks_outside = list(sys.path_hooks)
             if self._path is not None:
-                sys.path[:] = self._path
+                sys.path[:], sys.path_hooks[:] = self._path, self._hooks
+            self._forget_finders()
             sys.modules.update(self._modules)
             _set_environment(MINIMAL_ENVIRONMENT)
             os.chdir(self._folder)
@@ -173,8 +176,16 @@ class World:
                 else:
                     sys.modules[name] = before
             self._path, sys.path[:] = list(sys.path), path
+            self._hooks, sys.path_hooks[:] = list(sys.path_hooks), self._hooks_outside
+            self._forget_finders()
             _set_environment(environment)
             os.chdir(cwd)
+
+    def _forget_finders(self) -> None:
+        """The next import below the folder asks the hooks that hold now."""
+        for path in list(sys.path_importer_cache):
+            if _inside(path, self._root):
+                del sys.path_importer_cache[path]
 
     def _owns(self, module: object) -> bool:
         names = getattr(module, "__dict__", {})  # not getattr: some modules import others when they are asked

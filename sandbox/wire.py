@@ -14,6 +14,7 @@ import msgspec
 __all__ = [
     "CHUNK",
     "MAX_FRAME",
+    "MAX_STATE",
     "VERSION",
     "WINDOW",
     "Abort",
@@ -21,6 +22,7 @@ __all__ = [
     "Cancel",
     "ChildExited",
     "Decoder",
+    "DumpState",
     "Failed",
     "Fork",
     "FromNursery",
@@ -43,6 +45,7 @@ __all__ = [
     "SpawnZygote",
     "Stamp",
     "Start",
+    "State",
     "Stop",
     "ToNursery",
     "ToWorker",
@@ -281,12 +284,26 @@ class Stop(Message, tag=21):
     hook: str
 
 
+class DumpState(Message, tag=23):
+    """Send your ``state``."""
+
+
+class State(Message, tag=24):
+    """A piece of a worker's state, pickled and unpickled in workers only; empty if there is none."""
+
+    data: bytes
+    end: bool
+
+
+MAX_STATE: Final = 16 << 20
+"""Bytes of pickled state that move from a worker to the next. It is memory of the front's while it moves."""
+
 ToNursery = SpawnZygote
 FromNursery = Hello | ChildExited
 ToZygote = Fork
 FromZygote = Hello | Loaded | LoadFailed | Log | ChildExited
-FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers
-ToWorker = Start | Request | Body | Cancel | Window | Ping | Hook | Stop
+FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers | State
+ToWorker = Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State
 
 M = TypeVar("M", bound=Message)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
+import dill
 import msgspec
 
 from hayhost.sdk import (
@@ -43,6 +44,7 @@ __all__ = ["run"]
 # How long a stopping worker waits for a front that does not read its last frames.
 _LAST_WRITE: Final = 2.0
 _MCP_STOP: Final = 5.0
+_DUMP_ATTEMPTS: Final = 5
 _Then = Callable[[], Awaitable[None]] | None
 
 
@@ -93,10 +95,14 @@ class _Worker:
         self._call = Caller(loop)
         self._logger = Logger(capture.log)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._carried: list[bytes] = []
+        self._state: dict[str, Any] = {}
         self._receive: dict[type, Callable[[Any], None]] = {
             wire.Start: lambda message: self._spawn(self._start(message)),
             wire.Hook: lambda message: self._spawn(self._hook(message)),
             wire.Stop: lambda message: self._spawn(self._stop(message)),
+            wire.State: self._take_state,
+            wire.DumpState: lambda _: self._dump_state(),
             wire.Ping: lambda message: link.send(wire.Pong(message.id)),
         }
         loop.set_exception_handler(self._loop_failed)
@@ -136,7 +142,8 @@ class _Worker:
             lambda ids: self._link.send(wire.McpServers(ids)),
             self._failed,
         )
-        context = HayStartContext(self._org, self._config, self._auth, Mcp(self._mcp), {}, self._logger)
+        self._load_state()
+        context = HayStartContext(self._org, self._config, self._auth, Mcp(self._mcp), self._state, self._logger)
         dispatcher = Dispatcher(
             self._link,
             self._loop,
@@ -222,6 +229,42 @@ class _Worker:
                     error = str(problem)
         self._link.send(wire.HookDone(message.id, valid, error, started, ended))
 
+    def _take_state(self, message: wire.State) -> None:
+        self._carried.append(message.data)
+
+    def _load_state(self) -> None:
+        """Take over the state of the worker before this one. One that does not load is dropped, never an error."""
+        if not self._carried:
+            return
+        pickled, self._carried = b"".join(self._carried), []
+        try:
+            state = dill.loads(pickled)  # noqa: S301  # made by this org's worker before, and loaded where that ran
+            if not isinstance(state, dict):
+                raise TypeError(f"it is a {type(state).__name__}")
+            self._state.update(state)
+        except BaseException as error:
+            self._warn(f"the state of the worker before this one does not load and is dropped: {_name(error)}")
+
+    def _dump_state(self) -> None:
+        pickled = b""
+        if self._state:
+            for attempt in range(_DUMP_ATTEMPTS):
+                try:
+                    pickled = dill.dumps(self._state)
+                    break
+                except RuntimeError as error:  # a handler on a thread changed it meanwhile
+                    if attempt + 1 == _DUMP_ATTEMPTS:
+                        self._warn(f"the state cannot be carried over and is dropped: {_name(error)}")
+                except BaseException as error:
+                    self._warn(f"the state cannot be carried over and is dropped: {_name(error)}")
+                    break
+            if len(pickled) > wire.MAX_STATE:
+                self._warn(f"the state is {len(pickled)} bytes when pickled, over {wire.MAX_STATE}, and is dropped")
+                pickled = b""
+        for start in range(0, len(pickled), wire.CHUNK):
+            self._link.send(wire.State(pickled[start : start + wire.CHUNK], False))
+        self._link.send(wire.State(b"", True))
+
     async def _stop(self, message: wire.Stop) -> None:
         if message.hook and hasattr(self, "_org"):
             started = time.monotonic_ns()
@@ -231,3 +274,7 @@ class _Worker:
         self._capture.flush()
         self._link.close(_LAST_WRITE)
         os._exit(0)
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

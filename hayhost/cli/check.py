@@ -49,14 +49,15 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
     plugin = Plugin(manifest, nursery, hook_timeout=_HOOK_TIMEOUT)
     try:
         await plugin.load()
-        if plugin.strict_reason:
-            plugin.warnings.append(f"sharing is strict, so starts are slower: {plugin.strict_reason}")
+        version = plugin.current
+        assert version is not None
+        strict = f"sharing is strict, so starts are slower: {version.strict_reason}"
         report |= {
             "ok": True,
-            "warnings": plugin.warnings,
-            "hooks": sorted(plugin.hooks),
-            "sharing": "strict" if plugin.strict else "fork",
-            "metadata": msgspec.to_builtins(plugin.metadata),
+            "warnings": [*version.warnings, *([strict] if version.strict else [])],
+            "hooks": sorted(version.hooks),
+            "sharing": "strict" if version.strict else "fork",
+            "metadata": msgspec.to_builtins(version.metadata),
         }
     except PluginLoadError as error:
         report |= {"errors": [str(error)], "traceback": error.traceback}

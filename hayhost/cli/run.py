@@ -87,7 +87,7 @@ async def _run(plugin_path: Path, settings: Settings, installs: SingleInstall) -
             if error.traceback:
                 log.error("the plugin did not load", plugin=plugin.name, reason=str(error), traceback=error.traceback)
             raise HostError(f"{plugin.name}: {error}") from None
-        for warning in plugin.warnings:
+        for warning in plugin.current.warnings if plugin.current else ():
             log.warning(warning, plugin=plugin.name)
         host.pool.keep_idle = True
         port = host.listen(OneOrg(plugin, installation.org_id, installs))

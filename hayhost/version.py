@@ -1,0 +1,118 @@
+"""One loaded version of a plugin: its zygote, and what that reported. It never changes once it is there."""
+
+import os
+import time
+from typing import Any
+
+import msgspec
+
+from sandbox.spec import PluginSpec
+
+from .logs import PluginLog
+from .manifest import Manifest
+from .metadata import Metadata, read_metadata
+from .processes import Nursery, Zygote
+from .routes import RouteTable
+
+__all__ = ["Version", "differences", "load_version", "spec_of"]
+
+
+class Version:
+    """What a zygote said it has loaded from the content with ``digest``."""
+
+    def __init__(self, manifest: Manifest, digest: str, zygote: Zygote, metadata: Metadata) -> None:
+        loaded = zygote.loaded.result()
+        self.manifest = manifest
+        self.digest = digest
+        self.zygote = zygote
+        self.metadata = metadata
+        self.warnings = [*manifest.warnings, *loaded.warnings]
+        self.hooks = frozenset(loaded.hooks)
+        self.routes = RouteTable((route.method, route.path) for route in metadata.routes)
+        named = {field.env for field in metadata.config_schema.values() if isinstance(field.env, str)}
+        self.env = {name: os.environ[name] for name in named if name in os.environ}
+        self.loaded_at = time.time()
+        self.strict_reason = (
+            f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"
+            if loaded.threads > 1
+            else ""
+        )
+        """Why its workers are not forked from one zygote; empty if they are."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether each of its workers loads the plugin for itself."""
+        return bool(self.strict_reason)
+
+    @property
+    def alive(self) -> bool:
+        """Whether workers can be forked from it."""
+        return self.zygote.alive
+
+    def close(self) -> None:
+        """Let its zygote exit; its workers live on. Closing twice is safe."""
+        self.zygote.close()
+
+
+def spec_of(manifest: Manifest, *, hook_timeout: float, instrument: bool) -> PluginSpec:
+    """What a zygote needs to load the plugin of ``manifest``."""
+    return PluginSpec(
+        folder=str(manifest.folder),
+        entry=manifest.entry,
+        attribute=manifest.attribute,
+        name=manifest.name,
+        version=manifest.version,
+        capabilities=manifest.capabilities,
+        env=manifest.env,
+        hook_timeout=hook_timeout,
+        instrument=instrument,
+    )
+
+
+async def load_version(nursery: Nursery, manifest: Manifest, digest: str, spec: PluginSpec, log: PluginLog) -> Version:
+    """Have a zygote load the plugin. Raises ``PluginLoadError`` if it does not load, ``HostError`` without a nursery.
+
+    Cancelling it ends the zygote.
+    """
+    zygote = await nursery.spawn(spec, log)
+    try:
+        loaded = await zygote.loaded
+        return Version(manifest, digest, zygote, read_metadata(loaded.metadata, manifest))
+    except BaseException:
+        zygote.kill()
+        raise
+
+
+def differences(old: Version, new: Version) -> list[str]:
+    """What has changed in the metadata, for people: ``["route +GET /x", "config field -apiKey"]``."""
+    changes = []
+    for what, before, after in (
+        ("route", _routes(old), _routes(new)),
+        ("config field", _named(old.metadata.config_schema), _named(new.metadata.config_schema)),
+        ("auth method", _by_id(old.metadata.auth_methods), _by_id(new.metadata.auth_methods)),
+        ("page", _by_id(old.metadata.pages), _by_id(new.metadata.pages)),
+        ("UI extension", _whole(old.metadata.ui_extensions), _whole(new.metadata.ui_extensions)),
+        ("hook", dict.fromkeys(old.hooks), dict.fromkeys(new.hooks)),
+    ):
+        changes += [f"{what} -{key}" for key in before if key not in after]
+        changes += [f"{what} +{key}" for key in after if key not in before]
+        changes += [f"{what} ~{key}" for key in after if key in before and before[key] != after[key]]
+    if old.manifest.version != new.manifest.version:
+        changes.append(f"version {old.manifest.version} -> {new.manifest.version}")
+    return changes
+
+
+def _routes(version: Version) -> dict[str, Any]:
+    return {f"{route.method} {route.path}": None for route in version.metadata.routes}
+
+
+def _named(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: msgspec.to_builtins(field) for name, field in fields.items()}
+
+
+def _by_id(entries: list[Any]) -> dict[str, Any]:
+    return {entry.id: msgspec.to_builtins(entry) for entry in entries}
+
+
+def _whole(entries: list[Any]) -> dict[str, Any]:
+    return {f"{entry.slot}: {entry.component}": None for entry in entries}
