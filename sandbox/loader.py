@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -11,9 +12,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from types import FrameType, ModuleType
 from typing import Any
 
+import hayhost.sdk
 from hayhost.sdk import HayGlobalContext, HayPlugin, Logger
 from hayhost.sdk._registry import Registry
 from hayhost.sdk.definition import Hook
@@ -21,9 +24,10 @@ from hayhost.sdk.errors import DefinitionError
 
 from .spec import PluginSpec
 
-__all__ = ["LoadedPlugin", "author_traceback", "import_entry", "load", "time_limit"]
+__all__ = ["LoadedPlugin", "author_traceback", "describe", "import_entry", "load", "time_limit"]
 
 _MAX_TRACEBACK = 32 << 10
+_OURS = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, hayhost.sdk.__file__, importlib.__file__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class LoadedPlugin:
 
 
 def author_traceback(error: BaseException, folder: str) -> str:
-    """The traceback of ``error`` with the frames of files in ``folder`` only, where it has any of those."""
+    """The traceback of ``error`` with the frames of files in ``folder`` only; if it has none, of all but ours."""
     root = os.path.join(os.path.realpath(folder), "")
     report = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
@@ -47,12 +51,24 @@ def author_traceback(error: BaseException, folder: str) -> str:
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
-        own = [frame for frame in part.stack if os.path.realpath(frame.filename).startswith(root)]
-        if own:
-            part.stack = traceback.StackSummary.from_list(own)
+        files = [frame for frame in part.stack if os.path.isabs(frame.filename)]  # and not <frozen importlib>
+        own = [frame for frame in files if os.path.realpath(frame.filename).startswith(root)]
+        foreign = [frame for frame in files if not frame.filename.startswith(_OURS)]
+        part.stack = traceback.StackSummary.from_list(own or foreign)
         pending += [part.__cause__, part.__context__]
     text = "".join(report.format()).rstrip()
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _MAX_TRACEBACK else text[: _MAX_TRACEBACK // 2] + "\n…\n" + text[-_MAX_TRACEBACK // 2 :]
+
+
+def describe(error: BaseException) -> str:
+    """``Type: text`` of ``error``, whatever its author made of it."""
+    name = type(error).__name__
+    try:
+        text = f"{name}: {error}" if str(error) else name
+    except Exception as second:
+        text = f"{name}: its text cannot be had: {type(second).__name__}"
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not UTF-8
 
 
 @contextmanager
@@ -89,8 +105,7 @@ def import_entry(spec: PluginSpec) -> ModuleType:
     else:
         file, base, name, file_given = "", root, spec.entry, False
     sys.path[:0] = dict.fromkeys((root, base))
-    if spec.instrument:
-        _instrument(root)
+    finder = _instrument(root) if spec.instrument else None
     importlib.invalidate_caches()
     if file_given and (name.partition(".")[0] in sys.modules or not _finds(name, file)):
         # A plugin may call its file json.py or worker.py: ours is imported already, so give it a name of its own.
@@ -98,6 +113,9 @@ def import_entry(spec: PluginSpec) -> ModuleType:
         found = importlib.util.spec_from_file_location(name, file)
         if found is None or found.loader is None:
             raise DefinitionError(f"entry {spec.entry!r} is not a Python file")
+        checking = finder and finder.find_spec(os.path.basename(file)[:-3], [os.path.dirname(file)])
+        if checking and checking.loader:
+            found.loader = type(checking.loader)(name, file)  # type: ignore[call-arg]  # typeguard's, of a file
         module = importlib.util.module_from_spec(found)
         sys.modules[name] = module
         found.loader.exec_module(module)
@@ -116,19 +134,21 @@ def _finds(name: str, file: str) -> bool:
     return found is not None and found.origin is not None and os.path.realpath(found.origin) == file
 
 
-def _instrument(root: str) -> None:
+def _instrument(root: str) -> MetaPathFinder:
     """Check the author's own annotations at run time too, in every module below ``root``."""
     from typeguard import TypeguardFinder, install_import_hook
 
     class Finder(TypeguardFinder):
         def should_instrument(self, module_name: str) -> bool:
+            package = sys.modules.get(module_name.rpartition(".")[0])
+            path = getattr(package, "__path__", sys.path)
             try:
-                spec = importlib.machinery.PathFinder.find_spec(module_name, sys.path)
+                spec = importlib.machinery.PathFinder.find_spec(module_name, path)
             except (ImportError, ValueError):
                 return False
             return bool(spec and spec.origin and os.path.realpath(spec.origin).startswith(os.path.join(root, "")))
 
-    install_import_hook(cls=Finder)
+    return install_import_hook(cls=Finder).hook
 
 
 def find_plugin(module: ModuleType, attribute: str | None) -> HayPlugin:
