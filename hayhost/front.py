@@ -211,8 +211,8 @@ class Front(HTTPServerConnectionDelegate):
             raise RequestError("More than one Host header", status=400)
         own = self._layout.own(exchange.path)
         if own is not None:
-            self._need_method(exchange, frozenset({"GET", "HEAD"}))
-            exchange.to_host(lambda exchange, _body: exchange.answer(own()))
+            if self._is_method(exchange, frozenset({"GET", "HEAD"})):
+                exchange.to_host(lambda exchange, _body: exchange.answer(own()))
             return
         if self.stopping:
             raise UnavailableError("The host is stopping")
@@ -226,8 +226,8 @@ class Front(HTTPServerConnectionDelegate):
         if method is not None:
             if place.path not in ("/metadata", "/health"):
                 self._need_own_origin(headers)
-            self._need_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method}))
-            exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
+            if self._is_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method})):
+                exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
             return
         slot = self._pool.slots.get((place.plugin.name, place.org_id))
         # The org's worker may still be of the version before: what it does not have, it cannot answer.
@@ -245,7 +245,7 @@ class Front(HTTPServerConnectionDelegate):
             return found
         if not found:
             raise RequestError("The plugin has no such route", status=404)
-        self._need_method(exchange, found)
+        self._is_method(exchange, found)
         return None
 
     def _need_own_origin(self, headers: HTTPHeaders) -> None:
@@ -260,14 +260,15 @@ class Front(HTTPServerConnectionDelegate):
         ):
             raise RequestError("Requests from other origins are refused", status=403)
 
-    def _need_method(self, exchange: Exchange, allowed: frozenset[str]) -> None:
+    def _is_method(self, exchange: Exchange, allowed: frozenset[str]) -> bool:
+        """Whether the request has an ``allowed`` method. If not, OPTIONS is answered here and any other is a 405."""
         if exchange.method in allowed:
-            return
+            return True
         allow = ", ".join(sorted(allowed | {"OPTIONS"}))
-        if exchange.method == "OPTIONS":
-            exchange.to_host(lambda exchange, _body: exchange.answer(Answer(204, None, {"Allow": allow})))
-        else:
+        if exchange.method != "OPTIONS":
             raise RequestError(f"This path answers {allow}", status=405, headers={"Allow": allow})
+        exchange.to_host(lambda exchange, _body: exchange.answer(Answer(204, None, {"Allow": allow})))
+        return False
 
     # ---- what the host answers for a worker
 

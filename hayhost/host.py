@@ -5,9 +5,9 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
-from typing import Final
+from typing import Any, Final
 
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -22,19 +22,25 @@ from .pool import Pool
 from .processes import Nursery
 from .settings import Settings
 
-__all__ = ["Host", "PortTakenError", "check_address"]
+__all__ = ["Host", "PortTakenError", "check_address", "url_of"]
 
 # Zygotes import in parallel, but no more at once than there are processors to import on.
 _LOAD_AT_ONCE: Final = max(2, os.cpu_count() or 1)
 # An idle keep-alive connection, or one that takes its time over the headers, is closed after this long.
 _IDLE_CONNECTION: Final = 75.0
 _MAX_HEADER: Final = 64 << 10
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class PortTakenError(HostError):
     """The server could not listen."""
 
     exit_code = 2
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_address(host: str) -> None:
@@ -64,6 +70,7 @@ class Host:
         self.front: Front | None = None
         self._server: HTTPServer | None = None
         self._stopping = asyncio.Event()
+        self._handles_signals = False
 
     async def __aenter__(self) -> "Host":
         _raise_descriptor_limit()
@@ -125,12 +132,25 @@ class Host:
                 self._stopping.set()
                 stopping()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._handles_signals = True
+        for number in _STOP_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, received, number)
 
     async def stopped(self) -> None:
         """Wait for a signal."""
         await self._stopping.wait()
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run ``work``, and cancel it at the first signal; whether it came to its end. Raises what it raises."""
+        task, signalled = asyncio.create_task(work), asyncio.create_task(self.stopped())
+        await asyncio.wait({task, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.wait({task})
+        return False
 
     @property
     def is_stopping(self) -> bool:
@@ -155,6 +175,8 @@ class Host:
         for plugin in self.plugins.values():
             plugin.close()
         await self.nursery.stop()
+        if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
 def _raise_descriptor_limit() -> None:

@@ -4,7 +4,7 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -16,7 +16,7 @@ __all__ = ["Auth", "FileInstalls", "Installation", "Installs", "SingleInstall", 
 class Auth(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """An org's credentials for one auth method; never shown in a ``repr``."""
 
-    method_id: str
+    method_id: Annotated[str, msgspec.Meta(min_length=1)]
     credentials: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -112,7 +112,7 @@ class FileInstalls:
             table = tomllib.loads(file.read_text())
         except OSError as error:
             raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"{file}: not valid TOML: {error}") from None
         problems = [f"{file}: {key}: no such key; there is `orgs`" for key in table if key != "orgs"]
         self._installations: dict[tuple[str, str], Installation] = {}

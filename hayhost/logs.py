@@ -4,10 +4,12 @@ What plugins say is somebody else's text: it is bounded, rated and escaped here,
 colour one.
 """
 
+import json
 import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, TextIO
 
@@ -42,16 +44,33 @@ def configure(format: str, level: str, stream: TextIO | None = None) -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            _add_traceback,
             _console(stream.isatty()) if console else _json,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=lambda *_: _Writer(stream),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
     root.handlers[:] = [_Bridge()]
     root.setLevel(_LEVELS[level])
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # its info lines are malformed requests, per request
+
+
+class _Writer:
+    """Writes lines to a stream. That nobody reads it any more stops no host, and keeps none from being stopped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def debug(self, line: str) -> None:
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    info = warning = error = debug
 
 
 class _Bridge(logging.Handler):
@@ -68,9 +87,20 @@ class _Bridge(logging.Handler):
             self.handleError(record)
 
 
+def _add_traceback(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """That of the host's own exception, for ``get_logger().exception``."""
+    if event.pop("exc_info", False):
+        event["traceback"] = traceback.format_exc().rstrip()
+    return event
+
+
 def _json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
     line = {"time": _now(), "level": event.pop("level"), "event": event.pop("event"), **event}
-    return msgspec.json.encode(line, enc_hook=str).decode()
+    try:
+        text = msgspec.json.encode(line, enc_hook=str).decode()
+    except UnicodeEncodeError:  # the name of a file may be no UTF-8
+        text = json.dumps(line, default=str)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # JSON itself escapes only what is below U+0020
 
 
 def _now() -> str:

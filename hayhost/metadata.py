@@ -12,7 +12,7 @@ __all__ = ["ApiKey", "ConfigField", "Metadata", "OAuth2", "Page", "Route", "UiEx
 
 Text = Annotated[str, msgspec.Meta(max_length=4_096)]
 NonEmpty = Annotated[str, msgspec.Meta(min_length=1, max_length=4_096)]
-Path = Annotated[str, msgspec.Meta(max_length=4_096, pattern="^/[^\x00-\x20\x7f?#]*$")]
+Path = Annotated[str, msgspec.Meta(max_length=4_096, pattern=r"^/[^\x00-\x20\x7f?#]*\Z")]
 _Many = msgspec.Meta(max_length=1_000)
 
 

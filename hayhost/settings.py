@@ -99,7 +99,7 @@ def _from_file(file: Path | None, problems: list[str]) -> dict[str, Any]:
     except OSError as error:
         problems.append(f"{file}: cannot be read: {error.strerror}")
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{file}: not valid TOML: {error}")
         return {}
     for name in sorted(set(table) - set(FIELDS)):
@@ -119,15 +119,15 @@ def _convert(name: str, value: Any) -> Any:
             raise ValueError(f"{value!r} is not a non-empty string")
         return value
     if hint == Path | None:
-        if not isinstance(value, str | Path) or not str(value):
+        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
             raise ValueError(f"{value!r} is not a path")
         return Path(value)
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a number")
     try:
         number = parse_size(value) if limits["size"] and isinstance(value, str) else hint(value)
-    except (ValueError, TypeError):
-        raise ValueError(f"{value!r} is not a {'size' if limits['size'] else 'number'}") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{value!r} is not a {'size such as 10MiB' if limits['size'] else 'number'}") from None
     if isinstance(value, float) and number != value:
         raise ValueError(f"{value!r} is not a whole number")
     if not limits["least"] <= number <= limits["most"]:

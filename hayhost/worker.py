@@ -77,6 +77,7 @@ class Worker:
         self._process: Process | None = None
         self._ids = 0
         self._ending = False
+        self._stopping = False
         self._identified = False
         self._quiet = asyncio.Event()
         self.released: Callable[[], None] = lambda: None
@@ -210,9 +211,16 @@ class Worker:
             self._end("it was stopped before it said hello")
 
     async def stop(self, hook: str, drain: float, hook_timeout: float) -> None:
-        """Let requests in flight finish for ``drain`` seconds, run ``hook``, and end it whatever it does."""
+        """Let requests in flight finish for ``drain`` seconds, run ``hook``, and end it whatever it does.
+
+        A worker is told once: a later call only waits, so that no second hook runs.
+        """
         if self.exit.done():
             return
+        if self._stopping:
+            await asyncio.wait({self.exit}, timeout=drain + hook_timeout + 3 * SLACK)
+            return
+        self._stopping = True
         if self.lifecycle.state is not WorkerState.DRAINING:
             self.lifecycle.to(WorkerState.DRAINING, hook)
         if self.streams:

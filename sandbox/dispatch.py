@@ -54,10 +54,28 @@ class Caller:
         return await self._on_thread(next, iterator, END)
 
     async def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        job: Future[Any] = self._threads.submit(contextvars.copy_context().run, function, *arguments)
+        job: Future[Any] = self._threads.submit(contextvars.copy_context().run, _no_iteration, function, *arguments)
         if (jobs := thread_jobs.get()) is not None:
-            jobs.append(job)
+            jobs[:] = [*(other for other in jobs if not other.done()), job]
         return await asyncio.wrap_future(job, loop=self._loop)
+
+    async def close_iterator(self, iterator: Any) -> None:
+        """Let a generator's ``finally`` run, where the rest of it runs and not at the same time."""
+        if hasattr(iterator, "aclose"):
+            await iterator.aclose()
+        elif hasattr(iterator, "close"):
+            if jobs := thread_jobs.get():
+                ended = asyncio.Event()
+                jobs[-1].add_done_callback(lambda _: self._loop.call_soon_threadsafe(ended.set))
+                await ended.wait()
+            await self._on_thread(iterator.close)
+
+
+def _no_iteration(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except (StopIteration, GeneratorExit) as error:  # they would end the coroutine that waits, not pass through it
+        raise RuntimeError(f"{type(error).__name__} was raised outside of a generator") from error
 
 
 thread_jobs: contextvars.ContextVar[list["Future[Any]"] | None] = contextvars.ContextVar("thread_jobs", default=None)
@@ -154,7 +172,7 @@ class Dispatcher:
         except asyncio.CancelledError:
             final = wire.Abort(id)
         except BaseException as error:  # a stream that broke: sys.exit() in it is no different from another error
-            self._failed("a streamed answer broke off", error)
+            self._failed(f"the streamed answer to {exchange.request.method} {exchange.request.path} broke off", error)
             final = wire.Abort(id)
         running = [job for job in exchange.jobs if not job.done()]
         if running:  # cancelled, but a thread of it is still at work
@@ -187,11 +205,9 @@ class Dispatcher:
             return render(await self._call(self._handlers[message.route], request))
         except HTTPError as error:
             return error_answer(error.status, error.message)
-        except asyncio.CancelledError:
-            if exchange.task is not None and exchange.task.cancelling():
-                raise
-            return error_answer(500, "Internal server error")  # the author's own cancellation, not the client's
         except BaseException as error:  # sys.exit() in a handler ends that request, not the worker
+            if isinstance(error, asyncio.CancelledError) and exchange.task and exchange.task.cancelling():
+                raise  # the client's cancellation; the author's own is an error like others
             self._failed(f"{message.method} {message.path} failed", error)
             return error_answer(500, "Internal server error")
 
@@ -223,6 +239,7 @@ class Dispatcher:
         id, iterator = exchange.request.id, answer.body
         head = answer.headers
         began = any(name == "content-type" for name, _ in head)
+        length = next((int(value) for name, value in head if name == "content-length"), None)
         try:
             if began:
                 self._link.send(wire.ResponseHead(id, answer.status, head, b"", False))
@@ -236,13 +253,18 @@ class Dispatcher:
                     if isinstance(error, HTTPError):
                         status, headers, body = error_answer(error.status, error.message)
                     else:
-                        self._failed("a streamed answer failed before its first item", error)
+                        what = f"{exchange.request.method} {exchange.request.path} failed before its first item"
+                        self._failed(what, error)
                         status, headers, body = error_answer(500, "Internal server error")
                     return wire.ResponseHead(id, status, headers, body, True)  # type: ignore[arg-type]  # bytes: an error
                 if not began:
                     began = True
                     kind = stream_type("" if item is END else item)
                     self._link.send(wire.ResponseHead(id, answer.status, [*head, ("content-type", kind)], b"", False))
+                if length is not None:
+                    length -= len(data)
+                    if length < 0 or (length and item is END):
+                        raise ValueError("the streamed body is not as long as the Content-Length of its Response")
                 if item is END:
                     return wire.Body(id, b"", True)
                 await self._send_body(exchange, data)
@@ -252,10 +274,7 @@ class Dispatcher:
     async def _close(self, iterator: Any) -> None:
         """Let a generator's ``finally`` run, also when nobody reads it to its end."""
         try:
-            if hasattr(iterator, "aclose"):
-                await iterator.aclose()
-            elif hasattr(iterator, "close"):
-                iterator.close()
+            await self._call.close_iterator(iterator)
         except Exception as error:
             self._failed("closing a streamed answer failed", error)
         except BaseException as error:

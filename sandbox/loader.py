@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Any
 
+import hayhost.sdk
 from hayhost.sdk import HayGlobalContext, HayPlugin, Logger
 from hayhost.sdk._registry import Registry
 from hayhost.sdk.definition import Hook
@@ -22,9 +23,10 @@ from hayhost.sdk.errors import DefinitionError
 from .snapshot import Snapshot
 from .spec import PluginSpec
 
-__all__ = ["LoadedPlugin", "author_traceback", "import_entry", "load", "time_limit"]
+__all__ = ["LoadedPlugin", "author_traceback", "describe", "import_entry", "load", "time_limit"]
 
 _MAX_TRACEBACK = 32 << 10
+_OURS = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, hayhost.sdk.__file__, importlib.__file__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class LoadedPlugin:
 
 
 def author_traceback(error: BaseException, folder: str) -> str:
-    """The traceback of ``error`` with the frames of files in ``folder`` only, where it has any of those."""
+    """The traceback of ``error`` with the frames of files in ``folder`` only; if it has none, of all but ours."""
     root = os.path.join(os.path.realpath(folder), "")
     report = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
@@ -48,12 +50,24 @@ def author_traceback(error: BaseException, folder: str) -> str:
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
-        own = [frame for frame in part.stack if os.path.realpath(frame.filename).startswith(root)]
-        if own:
-            part.stack = traceback.StackSummary.from_list(own)
+        files = [frame for frame in part.stack if os.path.isabs(frame.filename)]  # and not <frozen importlib>
+        own = [frame for frame in files if os.path.realpath(frame.filename).startswith(root)]
+        foreign = [frame for frame in files if not frame.filename.startswith(_OURS)]
+        part.stack = traceback.StackSummary.from_list(own or foreign)
         pending += [part.__cause__, part.__context__]
     text = "".join(report.format()).rstrip()
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _MAX_TRACEBACK else text[: _MAX_TRACEBACK // 2] + "\n…\n" + text[-_MAX_TRACEBACK // 2 :]
+
+
+def describe(error: BaseException) -> str:
+    """``Type: text`` of ``error``, whatever its author made of it."""
+    name = type(error).__name__
+    try:
+        text = f"{name}: {error}" if str(error) else name
+    except Exception as second:
+        text = f"{name}: its text cannot be had: {type(second).__name__}"
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not UTF-8
 
 
 @contextmanager

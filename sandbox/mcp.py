@@ -1,9 +1,13 @@
 """The MCP servers of one worker."""
 
 import asyncio
+import contextvars
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
+
+import msgspec
 
 from hayhost.sdk.errors import RegistrationError
 from hayhost.sdk.mcp import McpInitContext
@@ -53,6 +57,9 @@ class McpRuntime:
         self._starting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._owners: dict[str, str] = {}  # tool name -> server id, as last listed
+        self._listings: dict[str, asyncio.Task[list[dict[str, Any]]]] = {}
+        self._asked: set[str] = set()  # servers whose list_tools() is at work on a thread
+        self._no_request = contextvars.copy_context()
 
     def start_local(self, id: str, initializer: Callable[[McpInitContext], Any]) -> Awaitable[None]:
         """See ``hayhost.sdk.Mcp.start_local``. From another thread it blocks until the server runs."""
@@ -75,6 +82,8 @@ class McpRuntime:
         self._starting.add(id)
         try:
             server = await self._call(initializer, self._context)
+        except SystemExit as error:  # in a task of its own this would end the worker
+            raise RuntimeError(f"the initializer of MCP server {id!r} called sys.exit({error.code!r})") from error
         finally:
             self._starting.discard(id)
         if not any(callable(_member(server, name)) for name in ("list_tools", "call_tool")):
@@ -103,23 +112,50 @@ class McpRuntime:
         function = _member(server, "list_tools")
         if function is None:
             return []
+        listing = self._listings.get(id)
+        if listing is None:
+            # One at a time, apart from the request: a server that hangs keeps one thread, and no request from its end.
+            listing = self._loop.create_task(self._ask(id, function), context=self._no_request.copy())
+            self._listings[id] = listing
+            listing.add_done_callback(lambda _: self._listings.pop(id, None))
+        return await asyncio.shield(listing)
+
+    async def _ask(self, id: str, function: Callable[..., Any]) -> list[dict[str, Any]]:
+        if id in self._asked:
+            self._failed(f"MCP server {id!r} still hangs in an earlier list_tools()", TimeoutError())
+            return []
+
+        def on_thread() -> Any:
+            self._asked.add(id)
+            try:
+                return function()
+            finally:
+                self._asked.discard(id)
+
         try:
             async with asyncio.timeout(self._list_timeout):
-                listed = await self._call(function)
+                listed = await self._call(function if inspect.iscoroutinefunction(function) else on_thread)
             if isinstance(listed, Mapping):  # the shape in which MCP itself answers tools/list
                 listed = listed.get("tools")
-            tools = []
-            for tool in list(listed or ()):
-                if isinstance(tool, Mapping) and isinstance(tool.get("name"), str):
-                    tools.append({**tool, "serverId": id})
-                else:
-                    self._failed(f"MCP server {id!r} listed something that is not a tool", TypeError(repr(tool)[:200]))
-            return tools
+            return [tool for item in listed or () if (tool := self._tool(id, item)) is not None]
         except TimeoutError:
             self._failed(f"MCP server {id!r} did not list its tools within {self._list_timeout:g} s", TimeoutError())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failed(f"MCP server {id!r} failed to list its tools", error)
         return []
+
+    def _tool(self, id: str, item: Any) -> dict[str, Any] | None:
+        if isinstance(item, Mapping) and isinstance(item.get("name"), str):
+            tool = {**item, "serverId": id}
+            try:
+                msgspec.json.encode(tool)
+            except (TypeError, ValueError, RecursionError, OverflowError) as error:
+                self._failed(f"MCP server {id!r} listed a tool that is not JSON", error)
+            else:
+                return tool
+        else:
+            self._failed(f"MCP server {id!r} listed something that is not a tool", TypeError(repr(item)[:200]))
+        return None
 
     async def call_tool(self, name: str, arguments: Any) -> Any:
         """The result of a tool. Raises ``NoSuchToolError``, or ``ToolFailedError`` from what the tool raised."""
@@ -131,7 +167,7 @@ class McpRuntime:
             raise NoSuchToolError(name)
         try:
             return await self._call(function, name, arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolFailedError(str(error) or type(error).__name__) from error
 
     async def stop(self, seconds: float) -> None:
@@ -146,7 +182,7 @@ class McpRuntime:
         try:
             async with asyncio.timeout(seconds):
                 await self._call(function)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failed(f"MCP server {id!r} failed to stop", error)
 
 

@@ -98,6 +98,9 @@ def descendants() -> list[int]:
 
 def receive(sock: socket.socket, most: int, descriptors: list[int]) -> bytes:
     """``recv`` that appends the descriptors that came along to ``descriptors``, in order. For trusted peers only."""
-    data, received, _, _ = socket.recv_fds(sock, most, 8)
+    try:
+        data, received, _, _ = socket.recv_fds(sock, most, 8)
+    except ConnectionResetError:  # the peer is gone and has left something of ours unread
+        return b""
     descriptors += received
     return data

@@ -7,7 +7,7 @@ over raises ``ProtocolError``, after which the connection is of no further use. 
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -194,7 +194,7 @@ class Pong(Message, tag=12):
 class Log(Message, tag=13):
     """A record of the plugin's log. ``meta`` is a JSON object or empty; ``dropped`` counts records lost before it."""
 
-    level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")]
+    level: Literal["debug", "info", "warning", "error"]
     message: Text
     meta: Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
     request: ShortText

@@ -36,7 +36,7 @@ from . import confinement, wire
 from .capture import Capture
 from .dispatch import Caller, Dispatcher
 from .link import Link
-from .loader import LoadedPlugin, author_traceback
+from .loader import LoadedPlugin, author_traceback, describe
 from .mcp import McpRuntime
 
 __all__ = ["run"]
@@ -117,7 +117,7 @@ class _Worker:
 
     def _failed(self, what: str, error: BaseException) -> None:
         """Tell the author, and nobody else, what went wrong."""
-        summary = f"{what}: {type(error).__name__}: {error}"
+        summary = f"{what}: {describe(error)}"
         self._capture.log("error", summary, {"traceback": author_traceback(error, self._plugin.spec.folder)})
 
     def _loop_failed(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class _Worker:
         if error is None:
             return value, ""
         self._failed(f"{name} failed", error)
-        return None, f"{name} failed: {type(error).__name__}: {error}"[: 4 << 10]
+        return None, f"{name} failed: {describe(error)}"[: 4 << 10]
 
     async def _guarded(
         self, function: Callable[..., Any], context: Any, then: _Then

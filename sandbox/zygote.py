@@ -11,19 +11,22 @@ import signal
 import socket
 import sys
 import time
+from typing import Final
 
 import dill
 import msgspec
 
 from hayhost.sdk import Logger
-from hayhost.sdk.errors import PluginError
+from hayhost.sdk.errors import PluginError, RegistrationError
 
 from . import confinement, processes, wire
 from .capture import Capture
-from .loader import LoadedPlugin, author_traceback, load
+from .loader import LoadedPlugin, author_traceback, describe, load
 from .spec import PluginSpec
 
 __all__ = ["run"]
+
+_MAX_METADATA: Final = wire.MAX_FRAME - wire.CHUNK  # there are hooks and warnings in the same frame
 
 
 class _Stamps:
@@ -86,14 +89,17 @@ class _Zygote:
         try:
             os.chdir(spec.folder)  # an author's relative paths mean the plugin's own files
             plugin = load(spec, Logger(self.capture.log), stamps)
+            metadata = msgspec.json.encode(plugin.registry.metadata())
+            if len(metadata) > _MAX_METADATA:
+                size = f"the plugin's metadata is {len(metadata)} bytes"
+                raise RegistrationError(f"{size}; at most {_MAX_METADATA} are allowed")
             loaded = wire.Loaded(
-                metadata=msgspec.json.encode(plugin.registry.metadata()),
+                metadata=metadata,
                 warnings=plugin.registry.warnings,
                 hooks=list(plugin.hooks),
                 stamps=stamps.all,
                 threads=1 if tasks < 0 else len(os.listdir(tasks)),
             )
-            wire.encode(loaded)  # too much metadata is the plugin's error, to be reported like the others
         except BaseException as error:
             self.send(_failure(error, spec.folder))
             return None
@@ -145,7 +151,8 @@ def _failure(error: BaseException, folder: str) -> wire.LoadFailed:
     elif isinstance(error, SyntaxError):
         text = f"{type(error).__name__}: {error.msg} ({os.path.basename(error.filename or '?')}, line {error.lineno})"
     elif isinstance(error, PluginError):
-        text = str(error)
+        text = describe(error).removeprefix(f"{type(error).__name__}: ")
     else:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return wire.LoadFailed(text[: 8 << 10], author_traceback(error, folder))
+        text = describe(error)
+    trace = author_traceback(error, folder)
+    return wire.LoadFailed(text[: 8 << 10], trace if "\n" in trace else "")  # one line would only say it again

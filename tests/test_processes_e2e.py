@@ -10,7 +10,7 @@ from .conftest import LIMIT, Answer, Serve, all_gone, routes, wait_until, write_
 PLUGIN = routes(
     "",
     pid="async def: return {'pid': os.getpid(), 'parent': os.getppid()}",
-    sleep="async def: await asyncio.sleep(60)",
+    sleep="async def:\n print('sleeping')\n await asyncio.sleep(60)",
     spin="async def:\n while True: pass",
 )
 
@@ -41,6 +41,7 @@ def test_killed_worker_mid_request_is_502_at_once_and_the_next_request_is_served
     answers: list[Answer] = []
     waiting = threading.Thread(target=lambda: answers.append(host.get("/plugins/p/acme/sleep", timeout=20)))
     waiting.start()
+    host.wait_for_log("sleeping")
     os.kill(pid, signal.SIGKILL)
     waiting.join(LIMIT)
     assert answers[0].status == 502

@@ -1,5 +1,7 @@
 """The command line. Commands import what they need when they run, so that ``--help`` answers at once."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +80,7 @@ def serve(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
       hayhost serve plugins/ --mode test             every org is known
       hayhost serve plugins/ --orgs orgs.toml        the orgs of a file
     """
+    _end_on_signals()
     from hayhost.settings import load
 
     from .serve import serve as run_host
@@ -94,6 +97,7 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     As `serve` in test mode, with a readable log that shows each request, and with the plugins' own type annotations
     checked at run time.
     """
+    _end_on_signals()
     from hayhost.settings import load
 
     from .serve import serve as run_host
@@ -127,6 +131,7 @@ def run(plugin_path: Path, org_id: str, port: str, mode: str, config: Path | Non
     Exit codes: 0 after SIGTERM or SIGINT; 1 bad arguments, manifest, plugin or on_initialize; 2 the server could
     not start (port taken).
     """
+    _end_on_signals()
     from hayhost.settings import load
 
     from .run import run as run_worker
@@ -177,22 +182,47 @@ def completion(shell: str) -> None:
     click.echo(kind(cli, {}, "hayhost", "_HAYHOST_COMPLETE").source())
 
 
+def _end_on_signals() -> None:
+    """Until the host itself handles signals there is nothing to stop: one of them is the end, and a clean one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+def _open_standard_streams() -> None:
+    """A supervisor may start us with some of them closed: nothing else may get their numbers, or miss them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  # for as long as we live
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; every failure is one clear line and an exit code."""
+    _open_standard_streams()
     try:
         code = cli.main(arguments, prog_name="hayhost", standalone_mode=False)
     except click.UsageError as error:
-        error.show()
-        command = error.ctx.info_name if error.ctx else None
-        code = 1 if command == "run" else error.exit_code  # Hay Core knows 1 for bad arguments
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx else "hayhost"
+            message = " ".join(error.format_message().split()).rstrip(".")
+            click.echo(f"{command}: {message}; see `{command} --help`", err=True)
+        # Hay Core knows 1 for bad arguments
+        code = 1 if error.ctx and error.ctx.info_name == "run" else error.exit_code
     except click.ClickException as error:
         error.show()
         code = 1
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except HostError as error:
+        from hayhost.logs import escape
+
         for line in str(error).splitlines():
-            click.echo(f"hayhost: {line}", err=True)
+            click.echo(f"hayhost: {escape(line)}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         code = 141

@@ -31,7 +31,8 @@ def check(plugin_dir: Path, as_json: bool) -> int:
 
 
 async def _report(plugin_dir: Path) -> dict[str, Any]:
-    report: dict[str, Any] = {"ok": False, "folder": str(plugin_dir), "errors": [], "warnings": []}
+    folder = os.fsencode(plugin_dir).decode(errors="backslashreplace")  # the name of a file may be no UTF-8
+    report: dict[str, Any] = {"ok": False, "folder": folder, "errors": [], "warnings": []}
     try:
         manifest = read_manifest(plugin_dir)
     except ManifestError as error:

@@ -12,13 +12,15 @@ __all__ = ["new", "render"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _TEMPLATE = "template"
+# Class names that the template cannot have: those that Python or the template itself uses.
+_TAKEN = ("Any", "False", "HayGlobalContext", "None", "Request", "True")
 
 
 def render(name: str) -> dict[str, str]:
     """The files of a new plugin called ``name``: file name to content."""
     title = name.replace("-", " ").title()
     class_name = re.sub(r"\W", "", title)
-    if not class_name[:1].isalpha():
+    if not class_name[:1].isalpha() or class_name in _TAKEN:
         class_name = f"Plugin{class_name}"
     words = {"__name__": name, "__title__": title, "__Class__": class_name}
     result = {}

@@ -9,9 +9,9 @@ import msgspec
 
 from hayhost.errors import HostError, PluginLoadError, SettingsError
 from hayhost.front import ORG_ID, OneOrg
-from hayhost.host import Host
+from hayhost.host import Host, url_of
 from hayhost.installs import Auth, Installation, SingleInstall
-from hayhost.logs import configure, get_logger
+from hayhost.logs import configure, escape, get_logger
 from hayhost.manifest import read_manifest
 from hayhost.settings import Settings
 
@@ -38,7 +38,7 @@ def installation_from_environment(org_id: str) -> Installation:
     """
     config_text, auth_text = os.environ.pop(_CONFIG, None), os.environ.pop(_AUTH, None)
     problems = []
-    given = _OrgConfig(_Org(org_id))
+    given, other_org = _OrgConfig(_Org(org_id)), False
     if config_text is None:
         problems.append(f"{_CONFIG} is not set")
     else:
@@ -48,14 +48,17 @@ def installation_from_environment(org_id: str) -> Installation:
             problems.append(f'{_CONFIG} is not of the form {{"org": {{"id": "...", "name": "..."}}, "config": {{}}}}')
         else:
             if given.org.id != org_id:
-                problems.append(f"{_CONFIG} is for another org than --org-id {org_id}")
-                given = _OrgConfig(_Org(org_id))
+                problems.append(f"{_CONFIG} is for another org than --org-id {org_id}; neither it nor {_AUTH} is used")
+                given, other_org = _OrgConfig(_Org(org_id)), True
     auth = None
-    if auth_text and auth_text.strip() != "{}":
+    if auth_text:
         try:
-            auth = msgspec.json.decode(auth_text, type=Auth)
+            if (decoded := msgspec.json.decode(auth_text)) != {}:
+                auth = msgspec.convert(decoded, Auth)
         except (msgspec.MsgspecError, RecursionError, UnicodeError):
             problems.append(f'{_AUTH} is not of the form {{"methodId": "...", "credentials": {{}}}}')
+    if other_org:
+        auth = None  # it came along with the config of somebody else
     return Installation(org_id, given.org.name or org_id, given.config or {}, auth, problem="; ".join(problems))
 
 
@@ -77,23 +80,24 @@ async def _run(plugin_path: Path, settings: Settings, installs: SingleInstall) -
     installation = installs.installation
     if installation.problem:
         log.error("the worker will be degraded", org=installation.org_id, reason=installation.problem)
-    async with Host(settings, installs) as host:
-        host.stop_hook = "on_disable"
-        host.handle_signals()
+    host = Host(settings, installs)
+    host.stop_hook = "on_disable"
+    host.handle_signals()
+    async with host:
         plugin = host.add(manifest)
         try:
-            await plugin.load()
+            if not await host.unless_stopped(plugin.load()):
+                return 0
         except PluginLoadError as error:
             if error.traceback:
                 log.error("the plugin did not load", plugin=plugin.name, reason=str(error), traceback=error.traceback)
-            raise HostError(f"{plugin.name}: {error}") from None
+            raise HostError(f"{plugin.name}: {escape(str(error))}") from None
         for warning in plugin.current.warnings if plugin.current else ():
             log.warning(warning, plugin=plugin.name)
         host.pool.keep_idle = True
         port = host.listen(OneOrg(plugin, installation.org_id, installs))
-        log.info("listening", url=f"http://{settings.host}:{port}", plugin=plugin.name, org=installation.org_id)
-        slot = host.pool.slot(plugin, installation.org_id)
+        log.info("listening", url=url_of(settings.host, port), plugin=plugin.name, org=installation.org_id)
         if not host.is_stopping:
-            slot.ensure_starting()
+            host.pool.slot(plugin, installation.org_id).ensure_starting()
         await host.stopped()
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from hayhost.catalog import find_plugins
 from hayhost.errors import SettingsError
 from hayhost.front import ORG_ID, Site
-from hayhost.host import Host, check_address
+from hayhost.host import Host, check_address, url_of
 from hayhost.installs import FileInstalls, Installs, TestInstalls
 from hayhost.logs import configure, get_logger
 from hayhost.settings import Settings
@@ -49,24 +49,19 @@ async def _serve(plugins_dir: Path, settings: Settings, installs: Installs, dev:
         for plugin, org in installs.all():
             if plugin not in known:
                 log.warning("an org has a plugin that is not served", org=org, plugin=plugin)
-    async with Host(settings, installs) as host:
-        host.handle_signals()
+    host = Host(settings, installs)
+    host.handle_signals()
+    async with host:
         for manifest in manifests:
             host.add(manifest, instrument=dev)
         site = Site(host.plugins, installs)
         port = host.listen(site, access_log=dev)
-        url = f"http://{settings.host}:{port}"
+        url = url_of(settings.host, port)
         log.info("listening", url=url, mode=settings.mode)
-        loading = asyncio.create_task(host.load())
-        stopped = asyncio.create_task(host.stopped())
-        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            loading.result()
+        if await host.unless_stopped(host.load()):
             site.ready = True
             log.info("ready", plugins=len(host.plugins))
             if dev:
                 for name in host.plugins:
                     log.info(f"try {url}/plugins/{name}/my-org/metadata")
-        else:
-            loading.cancel()
-        await stopped
+        await host.stopped()

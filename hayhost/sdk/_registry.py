@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +62,10 @@ def default_matches(kind: ConfigFieldType, value: object) -> bool:
         case "boolean":
             return isinstance(value, bool)
         case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            try:
+                return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            except OverflowError:  # an integer beyond what a number is in JSON's other readers
+                return False
         case "json":
             try:
                 msgspec.json.encode(value)
@@ -226,7 +230,7 @@ class Register:
                 )
             default = descriptor.get("default")
             if default is not None and not default_matches(kind, default):
-                raise RegistrationError(f"{what}: default {default!r} is not a valid {kind}")
+                raise RegistrationError(f"{what}: default {reprlib.repr(default)} is not a valid {kind}")
             for key in ("label", "description", "placeholder"):
                 _bounded(str(descriptor.get(key, "")), f"{what}: {key}", empty=True)
             self._room(self._registry.config, "config fields")

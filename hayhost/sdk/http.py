@@ -102,7 +102,7 @@ class Request:
         charset = self._content_type()[1].get("charset", "utf-8")
         try:
             return self.body.decode(charset)
-        except (UnicodeDecodeError, LookupError):
+        except (UnicodeError, LookupError):
             raise BadRequestError(f"The body is not valid {charset} text") from None
 
     def json(self) -> Any:
@@ -158,15 +158,16 @@ def _multipart(body: bytes, boundary: str) -> dict[str, list[str | FormFile]]:
 
     result: dict[str, list[str | FormFile]] = {}
     try:
+        size = len(body) + 1  # all of it is in memory already: nothing is spooled to a file
         parser = multipart.MultipartParser(
-            io.BytesIO(body), boundary, part_limit=_MAX_FIELDS, memory_limit=len(body) + 1, strict=True
+            io.BytesIO(body), boundary, part_limit=_MAX_FIELDS, spool_limit=size, memory_limit=size, strict=True
         )
         for part in parser:
             value: str | FormFile = (
                 part.value if not part.filename else FormFile(part.filename, part.content_type, part.raw)
             )
             result.setdefault(part.name, []).append(value)
-    except (multipart.MultipartError, UnicodeDecodeError):
+    except (multipart.MultipartError, UnicodeError, LookupError):  # a part names its charset, like a body does
         raise BadRequestError("Malformed multipart form") from None
     return result
 
