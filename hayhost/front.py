@@ -5,10 +5,10 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import formatdate
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -17,10 +17,10 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerConnect
 from sandbox import confinement, wire
 
 from . import lifecycle
-from .catalog import Plugin, PluginState
 from .errors import RequestError, UnavailableError
 from .exchange import Answer, Exchange, StillLoadingError
-from .installs import Auth, Installation, Installs
+from .installs import Auth
+from .layout import Layout, Place
 from .logs import get_logger
 from .pool import Pool
 from .routes import HOST_ROUTES, Match
@@ -28,87 +28,12 @@ from .settings import Settings
 from .states import WorkerState
 from .version import Version
 
-__all__ = ["ORG_ID", "Front", "OneOrg", "Place", "Site"]
+__all__ = ["Front"]
 
-ORG_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-"""An org's id. It stands in URLs as it is: no encoded form of it is recognised."""
-
-_WORKER_URL = re.compile(r"/plugins/([a-z0-9][a-z0-9-]{0,63})/([A-Za-z0-9][A-Za-z0-9_.-]{0,127})(/.*)?", re.DOTALL)
 _OWN_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _TICK: Final = 0.25
 
-Host = Callable[["Place", bytes], Awaitable[Answer]]
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Where a URL leads: a plugin, an org that has it, and the path below the worker's root."""
-
-    plugin: Plugin
-    org_id: str
-    installation: Installation
-    base: str
-    path: str
-
-
-class Layout(Protocol):
-    """How URLs lead to places."""
-
-    def find(self, path: str) -> Place:
-        """The place of ``path``. Raises ``RequestError`` with status 404 if there is none."""
-        ...
-
-    def own(self, path: str) -> "Callable[[], Answer] | None":
-        """What answers a path of the host's own, outside every worker."""
-        ...
-
-
-class Site:
-    """``hayhost serve``: ``/plugins/<name>/<org>/...`` beside the host's own pages."""
-
-    def __init__(self, plugins: Mapping[str, Plugin], installs: Installs) -> None:
-        self._plugins = plugins
-        self._installs = installs
-        self.ready = False
-        self._own = {"/healthz": self._healthz, "/readyz": self._readyz}
-
-    def find(self, path: str) -> Place:
-        found = _WORKER_URL.fullmatch(path)
-        plugin = self._plugins.get(found[1]) if found else None
-        if found is None or plugin is None:
-            raise RequestError("There is nothing at this address", status=404)
-        installation = self._installs.find(plugin.name, found[2])
-        if installation is None or not installation.enabled:
-            raise RequestError("This plugin is not installed for this organisation", status=404)
-        return Place(plugin, found[2], installation, f"/plugins/{found[1]}/{found[2]}/", found[3] or "/")
-
-    def own(self, path: str) -> "Callable[[], Answer] | None":
-        return self._own.get(path)
-
-    def _healthz(self) -> Answer:
-        return Answer(200, {"status": "ok"})
-
-    def _readyz(self) -> Answer:
-        states = {name: plugin.state.value for name, plugin in self._plugins.items()}
-        if self.ready and all(state != PluginState.LOADING.value for state in states.values()):
-            return Answer(200, {"status": "ready", "plugins": states})
-        return Answer(503, {"error": "The plugins are still loading", "plugins": states}, {"Retry-After": "1"})
-
-
-class OneOrg:
-    """``hayhost run``: one plugin for one org, at the root."""
-
-    def __init__(self, plugin: Plugin, org_id: str, installs: Installs) -> None:
-        self._plugin = plugin
-        self._org_id = org_id
-        self._installs = installs
-
-    def find(self, path: str) -> Place:
-        installation = self._installs.find(self._plugin.name, self._org_id)
-        assert installation is not None
-        return Place(self._plugin, self._org_id, installation, "/", path)
-
-    def own(self, path: str) -> None:
-        return None
+Host = Callable[[Place, bytes], Awaitable[Answer]]
 
 
 class Front(HTTPServerConnectionDelegate):
@@ -211,8 +136,11 @@ class Front(HTTPServerConnectionDelegate):
             raise RequestError("More than one Host header", status=400)
         own = self._layout.own(exchange.path)
         if own is not None:
-            if self._is_method(exchange, frozenset({"GET", "HEAD"})):
-                exchange.to_host(lambda exchange, _body: exchange.answer(own()))
+            if own.managing:
+                self._need_own_origin(headers)
+            if self._is_method(exchange, frozenset(own.methods)):
+                handler = own.methods["GET" if exchange.method == "HEAD" else exchange.method]
+                exchange.to_host(lambda exchange, body: self._spawn(exchange, handler(body)))
             return
         if self.stopping:
             raise UnavailableError("The host is stopping")
@@ -278,9 +206,12 @@ class Front(HTTPServerConnectionDelegate):
         elif place.path == "/mcp/call-tool":
             self._call_tool(exchange, place, body)
         else:
-            task = self.loop.create_task(self._run(exchange, self._hosts[place.path](place, body)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(exchange, self._hosts[place.path](place, body))
+
+    def _spawn(self, exchange: Exchange, answer: Awaitable[Answer]) -> None:
+        task = self.loop.create_task(self._run(exchange, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _run(self, exchange: Exchange, answer: Awaitable[Answer]) -> None:
         try:

@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -14,8 +14,9 @@ from tornado.netutil import bind_sockets
 
 from .catalog import Plugin, load_all
 from .errors import HostError
-from .front import Front, Layout
+from .front import Front
 from .installs import Installs
+from .layout import Layout
 from .logs import get_logger
 from .manifest import Manifest
 from .pool import Pool
@@ -68,6 +69,8 @@ class Host:
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
         self.front: Front | None = None
+        self.before_stop: Callable[[], Awaitable[None]] | None = None
+        """What is to be stopped before the rest."""
         self._server: HTTPServer | None = None
         self._stopping = asyncio.Event()
         self._handles_signals = False
@@ -158,6 +161,8 @@ class Host:
         return self._stopping.is_set()
 
     async def __aexit__(self, *_: object) -> None:
+        if self.before_stop is not None:
+            await self.before_stop()
         if self._server is not None:
             self._server.stop()
         if self.front is not None:

@@ -17,6 +17,7 @@ LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _SIZE = re.compile(r"(\d+)\s*(B|[kKMG]i?B?)?")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -52,6 +53,9 @@ class Settings:
     ping_timeout: float = _setting(
         10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1
     )
+    reload: bool = _setting(True, "Serve changed plugins without a restart.")
+    poll: bool = _setting(False, "Look for changes instead of waiting for events, for file systems without them.")
+    debounce: float = _setting(0.1, "Changed files must be quiet for this long before they are loaded.", most=60)
     log_format: LogFormat = _setting("auto", "How log lines look; auto is console on a terminal, else json.")
     log_level: LogLevel = _setting("info", "The least level that is logged.")
 
@@ -122,6 +126,11 @@ def _convert(name: str, value: Any) -> Any:
         if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
             raise ValueError(f"{value!r} is not a path")
         return Path(value)
+    if hint is bool:
+        word = str(value).lower()
+        if word not in _BOOLEANS:
+            raise ValueError(f"{value!r} is not one of {', '.join(_BOOLEANS)}")
+        return _BOOLEANS[word]
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a number")
     try:

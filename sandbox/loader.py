@@ -53,6 +53,8 @@ def author_traceback(error: BaseException, folder: str) -> str:
         files = [frame for frame in part.stack if os.path.isabs(frame.filename)]  # and not <frozen importlib>
         own = [frame for frame in files if os.path.realpath(frame.filename).startswith(root)]
         foreign = [frame for frame in files if not frame.filename.startswith(_OURS)]
+        if isinstance(error, SyntaxError) and part is report and str(error.filename).startswith(root):
+            foreign = []  # the report has the author's line; who compiled it is of no interest
         part.stack = traceback.StackSummary.from_list(own or foreign)
         pending += [part.__cause__, part.__context__]
     text = "".join(report.format()).rstrip()

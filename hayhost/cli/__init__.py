@@ -30,14 +30,20 @@ def _settings(*without: str) -> Callable[[F], F]:
             if name in without:
                 continue
             hint = hints[name]
+            text = field.metadata["help"]
+            if hint is bool:
+                switch = f"--{name}/--no-{name}"
+                default = "on" if field.default else "off"
+                function = click.option(switch, name, default=None, help=f"{text}  [default: {default}]")(function)
+                continue
             kind: Any = str
             if get_origin(hint) is not None and not isinstance(None, hint if isinstance(hint, type) else ()):
                 choices = [value for value in get_args(hint) if isinstance(value, str)]
                 kind = click.Choice(choices) if choices else _FILE
             default = "" if field.default is None else f"  [default: {_shown(field.default, field.metadata['size'])}]"
-            function = click.option(
-                f"--{name.replace('_', '-')}", name, type=kind, default=None, help=field.metadata["help"] + default
-            )(function)
+            function = click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=text + default)(
+                function
+            )
         return click.option(
             "--config",
             type=_FILE,
@@ -95,7 +101,8 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     """Serve the plugins in PLUGINS_DIR to their author.
 
     As `serve` in test mode, with a readable log that shows each request, and with the plugins' own type annotations
-    checked at run time.
+    checked at run time. Save a file, and the next request gets the new code; if it does not load, the log has your
+    traceback and the old code goes on.
     """
     _end_on_signals()
     from hayhost.settings import load
@@ -117,7 +124,7 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     show_default=True,
     help="In production the org is read from HAY_ORG_CONFIG and HAY_ORG_AUTH.",
 )
-@_settings("host", "port", "mode", "orgs", "max_workers", "spares", "idle_timeout")
+@_settings("host", "port", "mode", "orgs", "max_workers", "spares", "idle_timeout", "reload", "poll", "debounce")
 def run(plugin_path: Path, org_id: str, port: str, mode: str, config: Path | None, **flags: Any) -> None:
     """Serve one plugin for one org, at the root: the worker that Hay Core starts.
 
@@ -163,6 +170,19 @@ def new(name: str, directory: Path) -> None:
     from .new import new as make
 
     make(name, directory)
+
+
+@cli.command()
+@click.argument("plugin")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the host listens.")
+def rollback(plugin: str, url: str) -> None:
+    """Have a running host serve the version of PLUGIN that it served before.
+
+    It is still loaded, so this takes as long as a worker's start. The next change of the plugin's files is served.
+    """
+    from .rollback import rollback as roll_back
+
+    roll_back(plugin, url)
 
 
 @cli.command()

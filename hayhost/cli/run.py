@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from hayhost.errors import HostError, PluginLoadError, SettingsError
-from hayhost.front import ORG_ID, OneOrg
 from hayhost.host import Host, url_of
 from hayhost.installs import Auth, Installation, SingleInstall
+from hayhost.layout import ORG_ID, OneOrg
 from hayhost.logs import configure, escape, get_logger
 from hayhost.manifest import read_manifest
 from hayhost.settings import Settings

@@ -3,12 +3,14 @@
 import asyncio
 from pathlib import Path
 
+from hayhost.api import Api
 from hayhost.catalog import find_plugins
 from hayhost.errors import SettingsError
-from hayhost.front import ORG_ID, Site
 from hayhost.host import Host, check_address, url_of
 from hayhost.installs import FileInstalls, Installs, TestInstalls
+from hayhost.layout import ORG_ID, Site
 from hayhost.logs import configure, get_logger
+from hayhost.reload import Reloader
 from hayhost.settings import Settings
 
 __all__ = ["serve"]
@@ -54,11 +56,23 @@ async def _serve(plugins_dir: Path, settings: Settings, installs: Installs, dev:
     async with host:
         for manifest in manifests:
             host.add(manifest, instrument=dev)
-        site = Site(host.plugins, installs)
+        site = Site(host.plugins, installs, Api(host.plugins, host.pool))
         port = host.listen(site, access_log=dev)
         url = url_of(settings.host, port)
         log.info("listening", url=url, mode=settings.mode)
         if await host.unless_stopped(host.load()):
+            if settings.reload:
+                reloader = Reloader(
+                    plugins_dir,
+                    host.pool,
+                    host.plugins,
+                    lambda manifest: host.add(manifest, instrument=dev),
+                    quiet=settings.debounce,
+                    poll=settings.poll,
+                )
+                host.before_stop = reloader.stop
+                reloader.start(bad)
+                await host.unless_stopped(reloader.watching())
             site.ready = True
             log.info("ready", plugins=len(host.plugins))
             if dev:

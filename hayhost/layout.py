@@ -1,0 +1,110 @@
+"""How URLs lead to orgs' plugins, and to what the host answers itself."""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, Protocol
+
+import msgspec
+
+from .api import Api, Handler
+from .catalog import Plugin, PluginState
+from .errors import RequestError
+from .exchange import Answer
+from .installs import Installation, Installs
+
+__all__ = ["ORG_ID", "Layout", "OneOrg", "Own", "Place", "Site"]
+
+ORG_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""An org's id. It stands in URLs as it is: no encoded form of it is recognised."""
+
+_WORKER_URL = re.compile(rf"/plugins/([a-z0-9][a-z0-9-]{{0,63}})/({ORG_ID.pattern})(/.*)?", re.DOTALL)
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a URL leads: a plugin, an org that has it, and the path below the worker's root."""
+
+    plugin: Plugin
+    org_id: str
+    installation: Installation
+    base: str
+    path: str
+
+
+class Own(msgspec.Struct, frozen=True):
+    """A path of the host's own, outside every worker. With ``managing`` only the host's own address may be used."""
+
+    methods: Mapping[str, Handler]
+    managing: bool
+
+
+class Layout(Protocol):
+    """How URLs lead to places."""
+
+    def find(self, path: str) -> Place:
+        """The place of ``path``. Raises ``RequestError`` with status 404 if there is none."""
+        ...
+
+    def own(self, path: str) -> Own | None:
+        """What answers ``path``, if it is the host's own."""
+        ...
+
+
+class Site:
+    """``hayhost serve``: ``/plugins/<name>/<org>/...`` beside the host's own paths."""
+
+    def __init__(self, plugins: Mapping[str, Plugin], installs: Installs, api: Api) -> None:
+        self._plugins = plugins
+        self._installs = installs
+        self._api = api
+        self.ready = False
+        self._own = {"/healthz": _get(self._healthz), "/readyz": _get(self._readyz)}
+
+    def find(self, path: str) -> Place:
+        found = _WORKER_URL.fullmatch(path)
+        plugin = self._plugins.get(found[1]) if found else None
+        if found is None or plugin is None:
+            raise RequestError("There is nothing at this address", status=404)
+        installation = self._installs.find(plugin.name, found[2])
+        if installation is None or not installation.enabled:
+            raise RequestError("This plugin is not installed for this organisation", status=404)
+        return Place(plugin, found[2], installation, f"/plugins/{found[1]}/{found[2]}/", found[3] or "/")
+
+    def own(self, path: str) -> Own | None:
+        if path.startswith("/api/"):
+            methods = self._api.find(path)
+            return Own(_with_head(methods), managing=True) if methods else None
+        return self._own.get(path)
+
+    async def _healthz(self, _body: bytes) -> Answer:
+        return Answer(200, {"status": "ok"})
+
+    async def _readyz(self, _body: bytes) -> Answer:
+        states = {name: plugin.state.value for name, plugin in self._plugins.items()}
+        if self.ready and all(state != PluginState.LOADING.value for state in states.values()):
+            return Answer(200, {"status": "ready", "plugins": states})
+        return Answer(503, {"error": "The plugins are still loading", "plugins": states}, {"Retry-After": "1"})
+
+
+class OneOrg:
+    """``hayhost run``: one plugin for one org, at the root."""
+
+    def __init__(self, plugin: Plugin, org_id: str, installs: Installs) -> None:
+        self._plugin = plugin
+        self._org_id = org_id
+        self._installs = installs
+
+    def find(self, path: str) -> Place:
+        installation = self._installs.find(self._plugin.name, self._org_id)
+        assert installation is not None
+        return Place(self._plugin, self._org_id, installation, "/", path)
+
+    def own(self, path: str) -> None:
+        return None
+
+
+def _with_head(methods: Mapping[str, Handler]) -> Mapping[str, Handler]:
+    return {**methods, "HEAD": methods["GET"]} if "GET" in methods else methods
+
+
+def _get(handler: Callable[[bytes], Awaitable[Answer]]) -> Own:
+    return Own(_with_head({"GET": handler}), managing=False)
