@@ -48,6 +48,8 @@ _EVENTS: Final[list[type[FileSystemEvent]]] = [
 ]
 # However long files go on changing, a hint is given after this many seconds.
 _LONGEST: Final = 30.0
+_QUIET_SHARE: Final = 0.1
+_QUIET_MOST: Final = 1.0
 _RESCAN: Final = 10.0
 _POLL: Final = 0.5
 _MISSING: Final = 0.2
@@ -125,7 +127,7 @@ class _Watcher:
             due = next_scan
             with self._lock:
                 if self._touched:
-                    due = min(due, self._last + self._watch.quiet, self._first + _LONGEST)
+                    due = min(due, self._last + self._quiet(), self._first + _LONGEST)
             control = self._control.fileno()
             readable, _, _ = select.select([control, self._reader], [], [], max(0.0, due - now))
             if control in readable and not self._control.recv(64):
@@ -138,11 +140,15 @@ class _Watcher:
                 self._observe()
                 next_scan = time.monotonic() + self._pause()
             with self._lock:
-                quiet = self._touched and (now >= self._last + self._watch.quiet or now >= self._first + _LONGEST)
+                quiet = self._touched and (now >= self._last + self._quiet() or now >= self._first + _LONGEST)
                 names, self._touched = (self._touched, set()) if quiet else (set(), self._touched)
             if names:
                 self._observe()
                 self._tell(Hint(touched=sorted(names)))
+
+    def _quiet(self) -> float:
+        """Seconds without an event after which changes count as complete: more after a long burst, which may falter."""
+        return max(self._watch.quiet, min(_QUIET_MOST, (self._last - self._first) * _QUIET_SHARE))
 
     def _pause(self) -> float:
         if not self._directory.is_dir():
@@ -233,7 +239,7 @@ def main() -> NoReturn:
     control = socket.socket(fileno=int(sys.argv[1]))
     with control.makefile("rb") as lines:
         watch = msgspec.json.decode(lines.readline(), type=Watch)
-    os.nice(5)  # seeing a change a moment later matters less than answering requests
+    os.nice(10)  # seeing a change a moment later matters less than answering requests
     _Watcher(watch, control).run()
     os._exit(0)  # watchdog's threads need no farewell
 
