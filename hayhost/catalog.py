@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from .digest import Digests
+from .digest import Content, Digests
 from .errors import HostError, ManifestError, PluginLoadError, SettingsError, UnavailableError
 from .logs import PluginLog, get_logger
 from .manifest import Manifest, is_plugin_folder, read_manifest
@@ -51,16 +51,18 @@ class BadPlugin(msgspec.Struct, frozen=True):
     problems: list[str]
 
 
-def find_plugins(directory: Path) -> tuple[list[Manifest], list[BadPlugin]]:
+def find_plugins(directory: Path, served: Mapping[str, Path] | None = None) -> tuple[list[Manifest], list[BadPlugin]]:
     """Read the manifest of every plugin folder in ``directory``, in order of folder name.
 
-    Raises ``SettingsError`` if the directory cannot be read. One bad manifest never hides the others.
+    Of several with one name the one whose folder is ``served`` already counts, else the first. Raises ``SettingsError``
+    if the directory cannot be read. One bad manifest never hides the others.
     """
+    served = served or {}
     try:
         folders = sorted(path for path in directory.iterdir() if is_plugin_folder(path))
     except OSError as error:
         raise SettingsError(f"{directory}: cannot be read as a folder of plugins: {error.strerror}") from None
-    manifests: dict[str, Manifest] = {}
+    found: dict[str, list[tuple[Path, Manifest]]] = {}
     bad = []
     for folder in folders:
         try:
@@ -68,12 +70,16 @@ def find_plugins(directory: Path) -> tuple[list[Manifest], list[BadPlugin]]:
         except ManifestError as error:
             bad.append(BadPlugin(folder, error.problems))
             continue
-        if (first := manifests.get(manifest.name)) is not None:
-            problem = f"{folder.name}: the name {manifest.name!r} is taken by the folder {first.folder.name!r}"
-            bad.append(BadPlugin(folder, [f"{problem}, which is served; give one of them another name"]))
-        else:
-            manifests[manifest.name] = manifest
-    return list(manifests.values()), bad
+        found.setdefault(manifest.name, []).append((folder, manifest))
+    manifests = []
+    for name, candidates in found.items():
+        _, chosen = next((one for one in candidates if one[1].folder == served.get(name)), candidates[0])
+        manifests.append(chosen)
+        for folder, manifest in candidates:
+            if manifest is not chosen:
+                problem = f"{folder.name}: the name {name!r} is taken by the folder {chosen.folder.name!r}"
+                bad.append(BadPlugin(folder, [f"{problem}, which is served; give one of them another name"]))
+    return manifests, bad
 
 
 class Plugin:
@@ -90,20 +96,27 @@ class Plugin:
         self.error = ""
         """Why the content on the disk is not what serves; empty if it is."""
         self.traceback = ""
+        self.tried: Manifest | None = None
+        """The manifest that was last tried, whether it loaded or not; ``None`` if the next look is to try again."""
         self.seen = ""
-        """The digest of the content that was last tried, whether it loaded or not."""
+        """The digest of the content that was tried with it."""
         self.history: deque[LoadRecord] = deque(maxlen=_HISTORY)
         self.settled = asyncio.Event()
         """Set once the first load has succeeded or failed."""
-        self.changed: Callable[[Version | None, Version], None] = lambda old, new: None
-        """Called with the old and the new version when another one serves."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called when another version serves."""
+        self.outdated: Callable[[], None] = lambda: None
+        """Called when another version serves to whose loading nobody will exchange the workers."""
+        self.exchanging = asyncio.Lock()
+        """Held by whoever lets another version serve on purpose."""
+        self.closed = False
         self.log = PluginLog(plugin=manifest.name)
         self._nursery = nursery
         self._hook_timeout = hook_timeout
         self._instrument = instrument
         self._digests = Digests()
         self._respawning: asyncio.Task[Version] | None = None
-        self._closed = False
+        self._serves = asyncio.Event()
 
     @property
     def state(self) -> PluginState:
@@ -112,15 +125,16 @@ class Plugin:
             return PluginState.READY
         return PluginState.ERROR if self.settled.is_set() else PluginState.LOADING
 
-    def digest(self) -> "asyncio.Future[str]":
-        """The digest of the folder's content now, read on a thread."""
-        return asyncio.get_running_loop().run_in_executor(None, self._digests.of, self.manifest.folder)
+    def content(self, manifest: Manifest | None = None) -> "asyncio.Future[Content]":
+        """What is in the folder (of ``manifest``) now, read on a thread."""
+        folder = (manifest or self.manifest).folder
+        return asyncio.get_running_loop().run_in_executor(None, self._digests.of, folder)
 
     async def load(self) -> None:
         """Load it for the first time. Raises ``PluginLoadError``, after which ``error`` says why."""
         started = time.monotonic()
         try:
-            version = await self.load_version(self.manifest, await self.digest())
+            version = await self.load_version(self.manifest, (await self.content()).digest)
         except HostError as error:
             self.failed("load", error, started)
             raise
@@ -131,7 +145,7 @@ class Plugin:
 
     async def load_version(self, manifest: Manifest, digest: str) -> Version:
         """A version of its own of the content that is in the folder now. Raises as ``hayhost.version.load_version``."""
-        self.seen = digest
+        self.tried, self.seen = manifest, digest
         spec = spec_of(manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
         return await load_version(self._nursery, manifest, digest, spec, self.log)
 
@@ -140,11 +154,16 @@ class Plugin:
         self.error = str(error)
         self.traceback = error.traceback if isinstance(error, PluginLoadError) else ""
         took = (time.monotonic() - started) * 1000
-        self.history.append(LoadRecord(time.time(), action, self.seen, self.manifest.version, took, self.error))
+        version = (self.tried or self.manifest).version
+        self.history.append(LoadRecord(time.time(), action, self.seen, version, took, self.error))
 
     def serve(self, version: Version, action: str, started: float, changes: list[str] | None = None) -> None:
-        """Let ``version`` serve from now on."""
+        """Let ``version`` serve from now on, and keep the one before it for a rollback."""
         old, self.current = self.current, version
+        if version is self.previous:
+            self.previous = None
+        if old is not None and old is not version:
+            self._keep(old)
         self.manifest = version.manifest
         self.error = self.traceback = ""
         self.log.bind(version=version.manifest.version)
@@ -153,16 +172,21 @@ class Plugin:
         self.history.append(
             LoadRecord(time.time(), action, version.digest, version.manifest.version, took, changes=changes or [])
         )
-        self.changed(old, version)
+        self._serves.set()
+        self.changed()
 
-    def keep(self, version: Version) -> None:
-        """Keep ``version``, which served until now, for a rollback, and let go of the one before it."""
-        if self.previous is not None and self.previous is not version:
+    def _keep(self, version: Version) -> None:
+        """Keep ``version``, which served until now, unless there is nothing to go back to."""
+        assert self.current is not None
+        if not version.alive or version.digest == self.current.digest:
+            version.close()
+            return
+        if self.previous is not None:
             self.previous.close()
         self.previous = version
 
     def _lost(self, version: Version) -> None:
-        if self._closed:
+        if self.closed:
             return
         if version is self.previous:
             self.previous = None
@@ -181,25 +205,42 @@ class Plugin:
         while True:
             started = time.monotonic()
             before = self.current
+            if before is not None and before.alive:
+                return before  # a reload came first
             try:
-                version = await self.load_version(self.manifest, await self.digest())
+                version = await self.load_version(self.manifest, (await self.content()).digest)
             except HostError as error:
+                if self.current is not before:
+                    continue
                 self.failed("restart", error, started)
                 get_logger().error("the plugin did not load again", plugin=self.name, reason=str(error))
-                await asyncio.sleep(max(0.0, delay - (time.monotonic() - started)))
+                self._serves.clear()
+                try:
+                    async with asyncio.timeout(max(0.0, delay - (time.monotonic() - started))):
+                        await self._serves.wait()
+                except TimeoutError:
+                    pass
                 delay = min(_RETRY_MOST, delay * 2)
                 continue
-            if self.current is not before and self.current is not None and self.current.alive:
-                version.close()  # a reload came first
-                return self.current
-            self.serve(version, "restart", started)
+            if self.current is not before:
+                version.close()
+                continue
+            self._serve_again(version, started)
             return version
+
+    def _serve_again(self, version: Version, started: float) -> None:
+        old = self.current
+        self.serve(version, "restart", started)
+        if old is not None and old.digest != version.digest:  # saved, and not reloaded yet
+            self.outdated()
 
     async def ready_version(self) -> Version:
         """The version that serves, waited for while its zygote is started anew.
 
         Raises ``UnavailableError`` if the plugin did not load.
         """
+        if self.closed:
+            raise UnavailableError(f"The plugin {self.name} is not served any more")
         if self.current is None:
             raise UnavailableError(f"The plugin {self.name} is not loaded: {self.reason}", 5)
         return self.current if self.current.alive else await asyncio.shield(self._respawn())
@@ -209,7 +250,7 @@ class Plugin:
 
         Raises ``UnavailableError`` if the folder has other content by now, or ``HostError`` if it does not load.
         """
-        if await self.digest() != version.digest:
+        if (await self.content(version.manifest)).digest != version.digest:
             raise UnavailableError(f"The files of the plugin {self.name} have changed since it was loaded", 5)
         spec = spec_of(version.manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
         return await load_version(self._nursery, version.manifest, version.digest, spec, self.log)
@@ -220,15 +261,32 @@ class Plugin:
         return self.error.partition("\n")[0] or "it is still loading"
 
     async def renew(self) -> None:
-        """Start another zygote in place of the one that serves, whose workers live on."""
-        if (old := self.current) is not None and old.alive:
-            old.zygote.lost = lambda: None
-            old.close()
-            await self._respawn()
+        """Let a zygote of a new nursery serve in place of one that lost its own. Workers live on.
+
+        If the folder's content does not load, the old one goes on: it is all there is of what it loaded.
+        """
+        old, started = self.current, time.monotonic()
+        if self.previous is not None:
+            self.previous.close()
+            self.previous = None
+        if old is None or not old.alive:
+            return
+        try:
+            version = await self.load_version(self.manifest, (await self.content()).digest)
+        except HostError as error:
+            self.failed("restart", error, started)
+            get_logger().error("the plugin did not load again", plugin=self.name, reason=str(error))
+            return
+        if self.closed or self.current is not old:
+            version.close()  # a reload came first
+            return
+        self._serve_again(version, started)
+        old.close()
+        self.previous = None
 
     def close(self) -> None:
         """Let its zygotes exit. Closing twice is safe."""
-        self._closed = True
+        self.closed = True
         if self._respawning:
             self._respawning.cancel()
         for version in (self.current, self.previous):

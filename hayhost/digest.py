@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["Digests", "Signature", "content_files", "is_dropping", "signature"]
+__all__ = ["Content", "Digests", "Signature", "content_files", "is_dropping", "signature"]
 
 _SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
 # What editors, Python and file managers leave beside a file: never content.
@@ -21,12 +21,21 @@ _DROPPING = re.compile(
 _RACY: Final = 2.0
 _READ: Final = 1 << 20
 
-Signature = dict[str, tuple[int, int, int]]
-"""Relative path to (modification time in ns, size, inode)."""
+_Stamp = tuple[int, int, int, int]
+Signature = dict[str, _Stamp]
+"""Relative path to (modification time and change time in ns, size, inode)."""
+
+
+class Content(NamedTuple):
+    """What a folder had in it: equal if nothing was written in between, not even the same again."""
+
+    digest: str
+    """Of names and bytes, nothing else. Empty if there is no such folder."""
+    files: Signature
 
 
 class _Known(NamedTuple):
-    stamp: tuple[int, int, int]
+    stamp: _Stamp
     digest: bytes
 
 
@@ -60,26 +69,31 @@ def content_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 def signature(folder: Path) -> Signature:
     """What can be seen of the content without reading it."""
-    return {path: (status.st_mtime_ns, status.st_size, status.st_ino) for path, status in content_files(folder)}
+    return {path: _stamp(status) for path, status in content_files(folder)}
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    # Copying tools set the modification time; the change time is the kernel's own.
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 class Digests:
-    """Digests of folders; what has not changed since the last time is not read again. For one thread at a time."""
+    """Reads folders; what has not changed since the last time is not read again."""
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, _Known]] = {}
 
-    def of(self, folder: Path) -> str:
-        """The digest of the folder's content: names and bytes, nothing else. Empty if there is no such folder."""
+    def of(self, folder: Path) -> Content:
+        """What is in ``folder`` now. From any thread; two at once may both read."""
         root = os.path.realpath(folder)
         before = self._known.get(root, {})
         now: dict[str, _Known] = {}
         total = hashlib.sha256()
         racy = time.time_ns() - int(_RACY * 1e9)
         for path, status in content_files(folder):
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            stamp = _stamp(status)
             known = before.get(path)
-            if known is None or known.stamp != stamp or stamp[0] > racy:
+            if known is None or known.stamp != stamp or max(stamp[:2]) > racy:
                 digest = _file_digest(os.path.join(root, path))
                 if digest is None:
                     continue
@@ -87,12 +101,11 @@ class Digests:
             now[path] = known
             name = path.encode("utf-8", "surrogateescape")
             total.update(len(name).to_bytes(4, "big") + name + known.digest)
-        self._known[root] = now
-        return total.hexdigest() if os.path.isdir(root) else ""
-
-    def forget(self, folder: Path) -> None:
-        """Keep nothing of a folder that is gone."""
-        self._known.pop(os.path.realpath(folder), None)
+        if not os.path.isdir(root):
+            self._known.pop(root, None)
+            return Content("", {})
+        self._known = {root: now}  # of a folder that has moved away nothing is kept
+        return Content(total.hexdigest(), {path: known.stamp for path, known in now.items()})
 
 
 def _file_digest(path: str) -> bytes | None:

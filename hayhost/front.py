@@ -157,7 +157,7 @@ class Front(HTTPServerConnectionDelegate):
             if self._is_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method})):
                 exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
             return
-        slot = self._pool.slots.get((place.plugin.name, place.org_id))
+        slot = self._pool.find(place.plugin, place.org_id)
         # The org's worker may still be of the version before: what it does not have, it cannot answer.
         version = slot.worker.version if slot is not None and slot.worker is not None else place.plugin.current
         if version is None:
@@ -228,14 +228,14 @@ class Front(HTTPServerConnectionDelegate):
     async def _metadata(self, place: Place, _body: bytes) -> Answer:
         if place.plugin.current is None:
             raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
-        slot = self._pool.slots.get((place.plugin.name, place.org_id))
+        slot = self._pool.find(place.plugin, place.org_id)
         running = slot.worker.mcp_servers if slot and slot.worker else []
         metadata = msgspec.to_builtins(place.plugin.current.metadata)
         return Answer(200, {**metadata, "mcp": {"local": [{"id": id} for id in running], "external": []}})
 
     async def _health(self, place: Place, _body: bytes) -> Answer:
         plugin = place.plugin
-        slot = self._pool.slots.get((plugin.name, place.org_id))
+        slot = self._pool.find(plugin, place.org_id)
         worker = slot.worker if slot else None
         state = slot.state if slot else WorkerState.STOPPED
         version = worker.version if worker else plugin.current

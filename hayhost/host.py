@@ -83,7 +83,8 @@ class Host:
     def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
         """Make a plugin known; ``load`` loads it."""
         plugin = Plugin(manifest, self.nursery, hook_timeout=self.settings.hook_timeout, instrument=instrument)
-        plugin.changed = lambda old, new: self.pool.drop_spares(plugin)
+        plugin.changed = lambda: self.pool.version_changed(plugin)
+        plugin.outdated = lambda: self._update(plugin)
         self.plugins[plugin.name] = plugin
         return plugin
 
@@ -112,6 +113,9 @@ class Host:
         port: int = sockets[0].getsockname()[1]
         return port
 
+    def _update(self, plugin: Plugin) -> None:
+        self.pool.spawn(self.pool.update(plugin))
+
     def _nursery_lost(self) -> None:
         self.pool.spawn(self._renew())
 
@@ -119,9 +123,7 @@ class Host:
         """New zygotes from a new nursery, then new workers from those: the old ones would outlive a killed host."""
         for plugin in list(self.plugins.values()):
             await plugin.renew()
-            for slot in list(self.pool.slots.values()):
-                if slot.plugin is plugin and slot.worker is not None and slot.worker.version is not plugin.current:
-                    await slot.replace("the nursery was started anew", carry=True)
+            await self.pool.update(plugin)
 
     def handle_signals(self, stopping: Callable[[], None] = lambda: None) -> None:
         """Stop on SIGTERM or SIGINT; a second signal while stopping is only warned about."""

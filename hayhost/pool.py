@@ -26,6 +26,8 @@ _STUCK_AFTER: Final = 3.0
 _WORD_AFTER: Final = 0.05
 # Requests wait this long at most while an org's state moves from one worker to the next.
 _LONGEST_HOLD: Final = 1.0
+# Orgs whose workers are exchanged side by side: enough to be quick, few enough to leave the machine to requests.
+_AT_ONCE: Final = 4
 # Spares are refilled when nothing has been started for this long, so that no start waits for them.
 _REFILL_AFTER: Final = 0.05
 
@@ -57,6 +59,8 @@ class Slot:
         self.queue: OrderedDict[Waiter, None] = OrderedDict()
         self._pool = pool
         self._starting: asyncio.Task[None] | None = None
+        self._closed = ""  # why nothing is started any more
+        self._backing_off = False
         self._down = False  # crashed, and not started again yet
         self._held = False  # requests wait although there is a worker: its state is on the way to the next one
 
@@ -71,13 +75,16 @@ class Slot:
 
     def submit(self, waiter: Waiter) -> None:
         """Give ``waiter`` the worker, now or when there is one, or tell it why not."""
+        if self._closed:
+            waiter.failed(UnavailableError(self._closed))
+            return
         worker = self.worker
         pool = self._pool
         if worker is not None and worker.lifecycle.state.serving and not self.queue:
             if not self._held and len(worker.streams) < pool.settings.max_requests:
                 waiter.begin(worker)
                 return
-        else:
+        elif worker is None:
             wait = self.breaker.refuses_for(pool.loop.time())
             if wait > 0:
                 waiter.failed(UnavailableError(f"The worker does not start: {self.breaker.reason}", wait))
@@ -95,12 +102,25 @@ class Slot:
 
     def ensure_starting(self) -> None:
         """Start a worker unless that is under way."""
-        if self._starting is None or self._starting.done():
+        if not self._closed and (self._starting is None or self._starting.done()):
+            self._starting = self._pool.spawn(self._start())
+
+    def forgive(self) -> None:
+        """Forget how starts and workers of another version failed."""
+        self.breaker.succeeded()
+        self.backoff = Backoff()
+        self.last_error = ""
+        if self._backing_off and self._starting is not None:
+            self._starting.cancel()
             self._starting = self._pool.spawn(self._start())
 
     async def _start(self) -> None:
         if (delay := self.backoff.remaining(self._pool.loop.time())) > 0:
-            await asyncio.sleep(delay)
+            self._backing_off = True
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self._backing_off = False
         async with self.lock:
             if self.worker is not None:
                 return
@@ -108,14 +128,17 @@ class Slot:
             if installation is None or not installation.enabled:
                 self._fail_queue(RequestError("This plugin is not installed for this organisation", status=404))
                 return
-            try:
-                worker = await self.launch(installation)
-            except RequestError as error:
-                self._fail_queue(error)
-                return
+            while True:
+                try:
+                    worker = await self.launch(installation)
+                except RequestError as error:
+                    self._fail_queue(error)
+                    return
+                if worker.version is self.plugin.current or self._closed:
+                    break
+                # Another version took over meanwhile, and who waits may have come after that.
+                self._pool.spawn(self._pool.retire(worker))
             self.adopt(worker)
-            if worker.version is not self.plugin.current:  # another took over meanwhile
-                await self.replace_locked("another version serves")
 
     async def launch(
         self,
@@ -132,8 +155,9 @@ class Slot:
         """
         pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
         worker: Worker | None = None
+        replacing = serve and self.worker is not None
         try:
-            worker = await pool.take(self.plugin, version)
+            worker = await pool.take(self.plugin, version, room=not replacing)
             if carry is not None:
                 worker.send_state(await carry())
             worker.start(installation, serve=serve, hook_timeout=hook_timeout)
@@ -165,6 +189,9 @@ class Slot:
 
     def adopt(self, worker: Worker) -> None:
         """Let ``worker`` serve from now on; requests that wait go to it."""
+        if self._closed:
+            self._pool.spawn(self._pool.retire(worker))
+            return
         self.worker, self._down = worker, False
         self._pool.serving(worker, self)
         worker.released = lambda: self._released(worker)
@@ -225,7 +252,7 @@ class Slot:
         """As ``replace``, for whoever holds the lock."""
         old = self.worker
         installation = self._pool.installs.find(self.plugin.name, self.org_id)
-        if old is None or installation is None:
+        if old is None or installation is None or self._closed:
             return True
         serving = old
         release: asyncio.TimerHandle | None = None
@@ -240,23 +267,31 @@ class Slot:
                 self._let_go()
             return dumped
 
+        worker: Worker | None = None
         try:
             worker = await self.launch(installation, version=version, carry=state if carry else None)
         except RequestError as error:
             get_logger().error(
                 "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
             )
-            self._let_go()
             return False
         finally:
-            self._held = False
             if release is not None:
                 release.cancel()
+            if worker is None:
+                self._let_go()
+        self._held = False
         old = self.release() or old
         self.adopt(worker)
         get_logger().debug("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
         self._pool.spawn(self._pool.retire(old))
         return True
+
+    async def update(self) -> None:
+        """Have the worker, if there is one, replaced by one of the version that serves."""
+        async with self.lock:
+            if self.worker is not None and self.worker.version is not self.plugin.current:
+                await self.replace_locked("another version serves", carry=True)
 
     async def try_version(self, version: Version) -> bool:
         """Replace the worker by one of ``version``; if that does not start, ``trial_error`` says why."""
@@ -276,7 +311,8 @@ class Slot:
         self.pump()
 
     def close(self, reason: str) -> None:
-        """Fail what waits."""
+        """Fail what waits, and start nothing any more."""
+        self._closed = reason
         if self._starting is not None:
             self._starting.cancel()
         self._fail_queue(UnavailableError(reason))
@@ -317,17 +353,23 @@ class Pool:
 
     def slot(self, plugin: Plugin, org_id: str) -> Slot:
         """The slot of ``plugin`` for an org, made if there is none yet."""
-        slot = self.slots.get((plugin.name, org_id))
+        slot = self.find(plugin, org_id)
         if slot is None:
             slot = self.slots[plugin.name, org_id] = Slot(self, plugin, org_id)
         return slot
 
+    def find(self, plugin: Plugin, org_id: str) -> Slot | None:
+        """The slot of ``plugin`` for an org, if there is one."""
+        slot = self.slots.get((plugin.name, org_id))
+        return slot if slot is not None and slot.plugin is plugin else None  # another may have had the name before
+
     # ---- processes
 
-    async def take(self, plugin: Plugin, version: Version | None = None) -> Worker:
+    async def take(self, plugin: Plugin, version: Version | None = None, *, room: bool = True) -> Worker:
         """A worker of ``plugin`` that has said hello and has no org: a spare, or a new one once there is room.
 
-        Raises ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
+        Without ``room`` none is made: it is for an org whose worker leaves as soon as this one is ready. Raises
+        ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
         """
         self._last_start = self.loop.time()
         spares = self.spares.get(plugin.name)
@@ -336,7 +378,8 @@ class Pool:
             if not worker.exit.done() and worker.version is (version or plugin.current):
                 return worker
             worker.kill()
-        await self._make_room()
+        if room:
+            await self._make_room()
         return await self._fork(plugin, version or await plugin.ready_version())
 
     async def _fork(self, plugin: Plugin, version: Version) -> Worker:
@@ -353,6 +396,9 @@ class Pool:
         except TimeoutError:
             worker.kill()
             raise StartFailedError("it did not say hello in time") from None
+        except asyncio.CancelledError:
+            worker.kill()
+            raise
         return worker
 
     async def _make_room(self) -> None:
@@ -364,7 +410,12 @@ class Pool:
                 continue
             room: asyncio.Future[None] = self.loop.create_future()
             self._room.append(room)
-            await room
+            try:
+                await room
+            except asyncio.CancelledError:
+                if not room.cancelled():
+                    self._wake_one()  # it was this one's turn
+                raise
 
     @property
     def _most_draining(self) -> int:
@@ -495,6 +546,28 @@ class Pool:
         """Kill spares of a version that serves no more."""
         for worker in self.spares.pop(plugin.name, ()):
             worker.kill()
+
+    def version_changed(self, plugin: Plugin) -> None:
+        """Another version of ``plugin`` serves: what was ready or failed before counts no more."""
+        self.drop_spares(plugin)
+        for slot in self._slots_of(plugin):
+            if slot.worker is None or slot.worker.version is not plugin.current:
+                slot.forgive()
+
+    async def update(self, plugin: Plugin) -> int:
+        """Replace all workers that are not of the version that serves, a few at a time; how many there were."""
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def update(slot: Slot) -> None:
+            async with limit:
+                await slot.update()
+
+        slots = [slot for slot in self._slots_of(plugin) if slot.worker and slot.worker.version is not plugin.current]
+        await asyncio.gather(*(update(slot) for slot in slots))
+        return len(slots)
+
+    def _slots_of(self, plugin: Plugin) -> list[Slot]:
+        return [slot for slot in self.slots.values() if slot.plugin is plugin]
 
     async def close(self, hook: str = "on_stop") -> None:
         """Stop all workers: requests in flight finish within the drain limit, then ``hook`` runs in each."""

@@ -111,7 +111,7 @@ class Nursery:
     @property
     def pid(self) -> int:
         """Its process id; 0 while there is none."""
-        return self._process.pid if self._process else 0
+        return self._process.pid if self._process and self._process.poll() is None else 0
 
     async def start(self) -> None:
         """Exec it and wait until it can fork. Raises ``HostError`` if it cannot be started."""
@@ -174,6 +174,7 @@ class Nursery:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         output = _Output(reader, log)
         zygote = Zygote(spec, ours, output, log)
+        zygote.nursery = self.pid
         self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec)), [theirs.detach(), writer])
         return zygote
 
@@ -196,6 +197,8 @@ class Zygote:
 
     def __init__(self, spec: PluginSpec, sock: socket.socket, output: _Output, log: PluginLog) -> None:
         self.spec = spec
+        self.nursery = 0
+        """The process id of the nursery that looks after it."""
         self.started = time.monotonic_ns()
         self.loaded: asyncio.Future[wire.Loaded] = asyncio.get_running_loop().create_future()
         self.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())

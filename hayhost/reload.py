@@ -12,20 +12,21 @@ from typing import Final
 import msgspec
 
 from .catalog import BadPlugin, Plugin, find_plugins
+from .digest import Content
 from .errors import HostError, PluginLoadError, RequestError
 from .logs import get_logger
 from .manifest import Manifest
-from .pool import Pool, Slot
+from .pool import Pool
 from .version import Version, differences
 from .watcher import Hint, Watch
 
 __all__ = ["Reloader", "rollback"]
 
-# Orgs whose workers are exchanged side by side: enough to be quick, few enough to leave the machine to requests.
-_AT_ONCE: Final = 4
 _RESTART_FIRST: Final = 0.2
 _RESTART_MOST: Final = 10.0
 _MAX_LINE: Final = 16 << 20
+# A folder that was written to while it was loaded is loaded again, unless the plugin itself seems to write there.
+_UNSTABLE: Final = 2
 
 
 class Reloader:
@@ -82,20 +83,22 @@ class Reloader:
         delay = _RESTART_FIRST
         while True:
             started = time.monotonic()
+            reason = "it died"
             try:
                 await self._read_hints()
-            except OSError as error:
-                get_logger().error("the watcher cannot be started", reason=error.strerror or str(error))
+            except Exception as error:  # no process, no descriptor, or a bug of ours
+                reason = str(error) or repr(error)
+            self._watching.set()  # there may never be one
             if time.monotonic() - started > _RESTART_MOST:
                 delay = _RESTART_FIRST
-            get_logger().warning("the watcher died; starting it anew")
+            get_logger().warning("there is no watcher; starting it anew", reason=reason)
             await asyncio.sleep(delay)
             delay = min(_RESTART_MOST, delay * 2)
             self._touch([""])  # what changed meanwhile was not seen
 
     async def _read_hints(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ours:
             process = subprocess.Popen(  # noqa: ASYNC220  # an exec, without a shell or a wait
                 [sys.executable, "-I", "-m", "hayhost.watcher", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -103,8 +106,16 @@ class Reloader:
                 start_new_session=True,
                 cwd="/",
             )
+            theirs.close()
+            try:
+                await self._follow_hints(ours)
+            finally:
+                process.kill()
+                process.wait()
+
+    async def _follow_hints(self, sock: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock.dup(), limit=_MAX_LINE)
         try:
-            reader, writer = await asyncio.open_connection(sock=ours, limit=_MAX_LINE)
             writer.write(msgspec.json.encode(self._watch) + b"\n")
             while line := await reader.readline():
                 hint = msgspec.json.decode(line, type=Hint)
@@ -112,13 +123,11 @@ class Reloader:
                     get_logger().warning(hint.problem)
                 if hint.ready:
                     self._watching.set()
+                    self._touch([""])  # what changed before that was not seen
                 if hint.touched:
                     self._touch(hint.touched)
-            writer.close()
         finally:
-            ours.close()
-            process.kill()
-            process.wait()
+            writer.close()
 
     def _touch(self, names: list[str]) -> None:
         self._touched.update(names)
@@ -142,32 +151,25 @@ class Reloader:
         if not self._directory.is_dir():
             get_logger().warning("the plugins folder is gone; its plugins are served on", folder=str(self._directory))
             return
-        manifests, bad = await asyncio.get_running_loop().run_in_executor(None, find_plugins, self._directory)
+        served = {plugin.name: plugin.manifest.folder for plugin in self._plugins.values()}
+        loop = asyncio.get_running_loop()
+        manifests, bad = await loop.run_in_executor(None, find_plugins, self._directory, served)
         self._report(bad)
         found = {manifest.name: manifest for manifest in manifests}
-        bad_folders = {entry.folder.resolve() for entry in bad}
+        problems = {entry.folder.resolve(): "\n".join(entry.problems) for entry in bad}
         for plugin in list(self._plugins.values()):
             if plugin.name not in found:
-                if plugin.manifest.folder in bad_folders:
-                    problems = next(entry.problems for entry in bad if entry.folder.resolve() == plugin.manifest.folder)
-                    plugin.failed("manifest", HostError("\n".join(problems)), time.monotonic())
-                    plugin.seen = ""
+                if plugin.manifest.folder in problems:
+                    self._set_aside(plugin, problems[plugin.manifest.folder])
                 else:
-                    await self._remove(plugin)
+                    self._remove(plugin)
+        folders = {(self._directory / name).resolve() for name in touched}
         for name, manifest in found.items():
             known = self._plugins.get(name)
             if known is None:
                 self._begin(self._add(manifest), manifest)
-            elif (
-                not touched
-                or "" in touched
-                or self._is_touched(manifest, touched)
-                or (manifest.folder != known.manifest.folder)
-            ):
+            elif "" in touched or manifest.folder in folders or manifest != known.tried:
                 self._begin(known, manifest)
-
-    def _is_touched(self, manifest: Manifest, touched: set[str]) -> bool:
-        return any((self._directory / name).resolve() == manifest.folder for name in touched)
 
     def _report(self, bad: list[BadPlugin]) -> None:
         now = {entry.folder: entry.problems for entry in bad}
@@ -183,7 +185,16 @@ class Reloader:
             task = self._tasks[plugin.name] = _PluginTask(plugin, self._pool)
         task.want(manifest)
 
-    async def _remove(self, plugin: Plugin) -> None:
+    def _set_aside(self, plugin: Plugin, problem: str) -> None:
+        """Its manifest is wrong: what serves goes on."""
+        if (task := self._tasks.get(plugin.name)) is not None:
+            task.drop()
+        if plugin.tried is not None or plugin.error != problem:
+            plugin.failed("manifest", HostError(problem), time.monotonic())
+            plugin.tried = None
+        plugin.settled.set()
+
+    def _remove(self, plugin: Plugin) -> None:
         del self._plugins[plugin.name]
         if (task := self._tasks.pop(plugin.name, None)) is not None:
             task.cancel()
@@ -211,6 +222,12 @@ class _PluginTask:
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self._run())
 
+    def drop(self) -> None:
+        """What the folder has now is not to be loaded. An exchange that has begun comes to its end."""
+        self._wanted = None
+        if self._load is not None:
+            self._load.cancel()
+
     def cancel(self) -> None:
         """The plugin is gone."""
         self._wanted = None
@@ -227,65 +244,111 @@ class _PluginTask:
 
     async def _reload(self, manifest: Manifest) -> None:
         plugin, started = self.plugin, time.monotonic()
-        moved = manifest.folder != plugin.manifest.folder
-        before, plugin.manifest = plugin.manifest, manifest
-        digest = await plugin.digest()
-        if digest == plugin.seen and plugin.settled.is_set() and not moved:
-            return  # touched, but not changed
-        if plugin.current is not None and digest == plugin.current.digest and plugin.current.alive and not moved:
-            plugin.error, plugin.traceback, plugin.seen = "", "", digest  # changed back to what serves
-            get_logger().info("the plugin is again what is served", plugin=plugin.name)
+        content = await plugin.content(manifest)
+        current = plugin.current
+        if current is None:
+            plugin.manifest = manifest
+        if plugin.settled.is_set():
+            if not content.digest or (manifest == plugin.tried and content.digest == plugin.seen):
+                return  # it is being taken away, or was touched and not changed
+            if current and current.alive and (manifest, content.digest) == (current.manifest, current.digest):
+                plugin.error, plugin.traceback, plugin.tried, plugin.seen = "", "", manifest, content.digest
+                get_logger().info("the plugin is again what is served", plugin=plugin.name)
+                return
+        version = await self._load_wanted(manifest, content, started)
+        if version is None:
             return
-        self._load = asyncio.create_task(plugin.load_version(manifest, digest))
         try:
-            version = await self._load
+            async with plugin.exchanging:
+                await _exchange(self._pool, plugin, version, "reload", started)
+        finally:
+            if version not in (plugin.current, plugin.previous):
+                version.close()
+            plugin.settled.set()
+
+    async def _load_wanted(self, manifest: Manifest, content: Content, started: float) -> Version | None:
+        """A version of what is in the folder; ``None`` if it does not load or something else is wanted by now."""
+        plugin = self.plugin
+        self._load = load = asyncio.create_task(self._load_stable(manifest, content))
+        try:
+            version = await load
         except asyncio.CancelledError:
-            if self._wanted is None:
+            if load.done() and not load.cancelled() and not load.exception():
+                load.result().close()  # both came at once
+            if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
-            plugin.seen = ""
-            return  # another change came: begin again with that
+            plugin.tried = None
+            return None
         except HostError as error:
             plugin.failed("reload", error, started)
             traceback = error.traceback if isinstance(error, PluginLoadError) else ""
             extra = {"traceback": traceback} if traceback else {}
             served = "the version before is served on" if plugin.current else "there is no version to serve"
             get_logger().error(f"not reloaded, {served}", plugin=plugin.name, reason=str(error), **extra)
-            plugin.manifest = before if plugin.current else manifest
-            return
+            plugin.settled.set()
+            return None
         finally:
             self._load = None
-            plugin.settled.set()
-        await exchange(self._pool, plugin, version, "reload", started)
+        if self._wanted is not None:  # a change came in the very last moment
+            version.close()
+            plugin.tried = None
+            return None
+        return version
+
+    async def _load_stable(self, manifest: Manifest, content: Content) -> Version:
+        """Load what is in the folder, and again if it was written to meanwhile: nobody may have saved what was read."""
+        plugin = self.plugin
+        for attempts in range(_UNSTABLE, -1, -1):
+            version: Version | None = None
+            error: HostError | None = None
+            try:
+                try:
+                    version = await plugin.load_version(manifest, content.digest)
+                except HostError as failure:
+                    error = failure
+                before, content = content, await plugin.content(manifest)
+            except BaseException:
+                if version is not None:
+                    version.close()
+                raise
+            if before == content or not attempts:
+                break
+            if version is not None:
+                version.close()
+        plugin.seen = content.digest  # what the plugin itself has written is no change
+        if version is None:
+            assert error is not None
+            raise error
+        version.digest = content.digest
+        return version
 
 
-async def exchange(pool: Pool, plugin: Plugin, version: Version, action: str, started: float) -> None:
+async def _exchange(pool: Pool, plugin: Plugin, version: Version, action: str, started: float) -> None:
     """Let ``version`` serve, and every live worker be replaced by one of it.
 
-    The first org's new worker is started before anything is changed: if it does not come up, the old version goes on
-    serving and ``version`` is closed.
+    One org's new worker is started before anything is changed: if it does not come up, the old version goes on serving.
+    The caller holds ``plugin.exchanging``, and closes ``version`` if it does not serve.
     """
-    old = plugin.current
-    slots = [slot for slot in pool.slots.values() if slot.plugin is plugin and slot.worker is not None]
-    if slots and not await slots[0].try_version(version):
-        error = PluginLoadError(f"its worker does not start: {slots[0].trial_error}")
+    tried = next((slot for slot in pool.slots.values() if slot.plugin is plugin and slot.worker is not None), None)
+    if tried is not None and not await tried.try_version(version):
+        error = PluginLoadError(f"its worker does not start: {tried.trial_error}")
         plugin.failed(action, error, started)
-        if version is not plugin.previous:
-            version.close()
         get_logger().error("not reloaded, the version before is served on", plugin=plugin.name, reason=str(error))
         return
+    if plugin.closed:
+        return
+    old = plugin.current  # not before: its zygote may have been started anew
     changes = differences(old, version) if old else []
     loaded = time.monotonic()
     plugin.serve(version, action, started, changes)
-    await _replace_all(slots, version)
-    if old is not None and old is not version:
-        plugin.keep(old)
+    workers = await pool.update(plugin) + (tried is not None)
     done = {"reload": "reloaded" if old else "plugin loaded", "rollback": "rolled back"}[action]
     get_logger().info(
         done,
         plugin=plugin.name,
         ms=round((time.monotonic() - started) * 1000),
         load_ms=round((loaded - started) * 1000),
-        workers=len(slots),
+        workers=workers,
         changes=", ".join(changes) or "no metadata",
         digest=version.digest[:12],
     )
@@ -293,25 +356,15 @@ async def exchange(pool: Pool, plugin: Plugin, version: Version, action: str, st
         get_logger().warning(warning, plugin=plugin.name)
 
 
-async def _replace_all(slots: list[Slot], version: Version) -> None:
-    limit = asyncio.Semaphore(_AT_ONCE)
-
-    async def replace(slot: Slot) -> None:
-        async with limit:
-            if slot.worker is not None and slot.worker.version is not version:
-                await slot.replace("another version serves", version, carry=True)
-
-    await asyncio.gather(*(replace(slot) for slot in slots))
-
-
 async def rollback(pool: Pool, plugin: Plugin) -> None:
     """Let the version before serve again. Raises ``RequestError`` (409) if there is none."""
-    version = plugin.previous
-    if version is None or not version.alive:
-        raise RequestError(f"The plugin {plugin.name} has no version before this one to go back to", status=409)
-    if version.strict:
-        raise RequestError(f"The plugin {plugin.name} cannot go back: {version.strict_reason}", status=409)
     started = time.monotonic()
-    await exchange(pool, plugin, version, "rollback", started)
-    if plugin.current is not version:
-        raise RequestError(f"The plugin {plugin.name} was not rolled back: {plugin.error}", status=409)
+    async with plugin.exchanging:
+        version = plugin.previous
+        if version is None or not version.alive:
+            raise RequestError(f"The plugin {plugin.name} has no version before this one to go back to", status=409)
+        if version.strict:
+            raise RequestError(f"The plugin {plugin.name} cannot go back: {version.strict_reason}", status=409)
+        await _exchange(pool, plugin, version, "rollback", started)
+        if plugin.current is not version:
+            raise RequestError(f"The plugin {plugin.name} was not rolled back: {plugin.error}", status=409)

@@ -2,12 +2,13 @@
 
 import os
 import time
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from sandbox.spec import PluginSpec
 
+from .errors import PluginLoadError
 from .logs import PluginLog
 from .manifest import Manifest
 from .metadata import Metadata, read_metadata
@@ -15,6 +16,9 @@ from .processes import Nursery, Zygote
 from .routes import RouteTable
 
 __all__ = ["Version", "differences", "load_version", "spec_of"]
+
+# A plugin that kills its nursery each time must not do so for ever.
+_ATTEMPTS: Final = 3
 
 
 class Version:
@@ -72,15 +76,25 @@ def spec_of(manifest: Manifest, *, hook_timeout: float, instrument: bool) -> Plu
 async def load_version(nursery: Nursery, manifest: Manifest, digest: str, spec: PluginSpec, log: PluginLog) -> Version:
     """Have a zygote load the plugin. Raises ``PluginLoadError`` if it does not load, ``HostError`` without a nursery.
 
-    Cancelling it ends the zygote.
+    Cancelling it ends the zygote. One that lost its nursery meanwhile, and with it all that would end it with the host,
+    is given up for another.
     """
-    zygote = await nursery.spawn(spec, log)
-    try:
-        loaded = await zygote.loaded
-        return Version(manifest, digest, zygote, read_metadata(loaded.metadata, manifest))
-    except BaseException:
+    attempts = _ATTEMPTS
+    while True:
+        attempts -= 1
+        zygote = await nursery.spawn(spec, log)
+        try:
+            loaded = await zygote.loaded
+            if zygote.nursery == nursery.pid or not attempts:
+                return Version(manifest, digest, zygote, read_metadata(loaded.metadata, manifest))
+        except PluginLoadError:
+            zygote.kill()
+            if zygote.nursery == nursery.pid or not attempts:
+                raise
+        except BaseException:
+            zygote.kill()
+            raise
         zygote.kill()
-        raise
 
 
 def differences(old: Version, new: Version) -> list[str]:

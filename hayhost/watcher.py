@@ -7,6 +7,7 @@ watchdog reports events; a rescan finds what events missed, and is all there is 
 """
 
 import errno
+import logging
 import os
 import select
 import socket
@@ -18,6 +19,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 from watchdog.events import (
+    EVENT_TYPE_DELETED,
     DirCreatedEvent,
     DirDeletedEvent,
     DirMovedEvent,
@@ -53,6 +55,8 @@ _QUIET_MOST: Final = 1.0
 _RESCAN: Final = 10.0
 _POLL: Final = 0.5
 _MISSING: Final = 0.2
+# A directory that is moved away, or a link that is set anew, makes no event of its own.
+_HEARTBEAT: Final = 1.0
 
 
 class Watch(msgspec.Struct, frozen=True):
@@ -83,10 +87,24 @@ class _Handler(FileSystemEventHandler):
         for path in (event.src_path, event.dest_path):
             if path:
                 text = os.fsdecode(path)[self._skip :]
+                if not text and event.event_type == EVENT_TYPE_DELETED:
+                    self._watcher.look_anew()  # what is watched is gone, and may come back under the same name
                 parts = text.split(os.sep) if text else []
-                if any(is_dropping(part) for part in parts) or any(part[:1] == "." for part in parts[:-1]):
+                folders = parts if event.is_directory else parts[:-1]
+                if any(is_dropping(part) for part in parts) or any(part[:1] == "." for part in folders):
                     continue
                 self._watcher.touch(self._name or (parts[0] if parts else ""))
+
+
+class _Complaints(logging.Handler):
+    """watchdog logs when it may have lost events."""
+
+    def __init__(self, watcher: "_Watcher") -> None:
+        super().__init__(logging.WARNING)
+        self._watcher = watcher
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._watcher.missed = True
 
 
 class _Watcher:
@@ -101,12 +119,17 @@ class _Watcher:
         self._observer: Any = None
         self._root: tuple[int, int] | None = None
         self._signatures: dict[str, Signature] = {}
-        self._linked: dict[str, str] = {}
+        self._linked: dict[str, tuple[str, int, int]] = {}
+        self._anew = False
+        self.missed = False
+        """Whether events may have been lost."""
         self._told = ""
 
     def touch(self, name: str) -> None:
-        """Something below ``name`` has changed."""
+        """Something below ``name`` has changed; without a name anything may have."""
         now = time.monotonic()
+        if not name.isprintable():
+            name = ""  # it may be no UTF-8
         with self._lock:
             fresh = not self._touched
             self._touched.add(name)
@@ -116,39 +139,52 @@ class _Watcher:
         if fresh:
             os.write(self._writer, b"!")
 
+    def look_anew(self) -> None:
+        """Something that was watched is gone: have events for what is there now."""
+        self._anew = True
+        self.touch("")
+
     def run(self) -> None:
         """Watch until the front is gone."""
-        self._rescan(report=False)
+        log = logging.getLogger("watchdog")
+        log.addHandler(_Complaints(self))
+        log.propagate = False
         self._observe()
-        self._tell(Hint(ready=True))
+        self._rescan(report=False)
+        with self._lock:
+            self._touched.clear()
+        self._tell(Hint(ready=True))  # the front compares everything now
         next_scan = time.monotonic() + self._pause()
         while True:
             now = time.monotonic()
-            due = next_scan
+            due = min(next_scan, now + _HEARTBEAT)
             with self._lock:
                 if self._touched:
-                    due = min(due, self._last + self._quiet(), self._first + _LONGEST)
+                    due = min(due, self._last + self._watch.quiet, self._first + _LONGEST)
             control = self._control.fileno()
             readable, _, _ = select.select([control, self._reader], [], [], max(0.0, due - now))
-            if control in readable and not self._control.recv(64):
+            if control in readable and self._front_is_gone():
                 return
             if self._reader in readable:
                 os.read(self._reader, 4096)
-            now = time.monotonic()
-            if now >= next_scan:
+            self._observe()
+            next_scan = min(next_scan, time.monotonic() + self._pause())
+            if self.missed or time.monotonic() >= next_scan:
+                self.missed = False
                 self._rescan(report=True)
-                self._observe()
                 next_scan = time.monotonic() + self._pause()
+            now = time.monotonic()
             with self._lock:
-                quiet = self._touched and (now >= self._last + self._quiet() or now >= self._first + _LONGEST)
+                quiet = self._touched and (now >= self._last + self._watch.quiet or now >= self._first + _LONGEST)
                 names, self._touched = (self._touched, set()) if quiet else (set(), self._touched)
             if names:
-                self._observe()
                 self._tell(Hint(touched=sorted(names)))
 
-    def _quiet(self) -> float:
-        """Seconds without an event after which changes count as complete: more after a long burst, which may falter."""
-        return max(self._watch.quiet, min(_QUIET_MOST, (self._last - self._first) * _QUIET_SHARE))
+    def _front_is_gone(self) -> bool:
+        try:
+            return not self._control.recv(64)
+        except OSError:
+            return True
 
     def _pause(self) -> float:
         if not self._directory.is_dir():
@@ -170,42 +206,71 @@ class _Watcher:
                 if seen.get(name) != self._signatures.get(name):
                     self.touch(name)
         self._signatures = seen
+        if self._observer is not None:
+            try:  # watchdog says nothing if a folder of many cannot be watched: see if one more could
+                self._observer.unschedule(
+                    self._observer.schedule(FileSystemEventHandler(), os.sep, event_filter=_EVENTS)
+                )
+            except OSError as error:
+                self._give_up(error)
 
     def _observe(self) -> None:
         """Have events for the directory as it is now, and for folders that it links to."""
-        if self._watch.poll:
-            return
         try:
             status = os.stat(self._directory)
             root: tuple[int, int] | None = (status.st_dev, status.st_ino)
         except OSError:
             root = None
-        linked = {name: os.path.realpath(path) for name, path in self._folders().items() if path.is_symlink()}
-        if root == self._root and linked == self._linked and (self._observer is not None or root is None):
+        linked = {}
+        for name, path in self._folders().items() if root else ():
+            if path.is_symlink():
+                try:
+                    status = os.stat(path)
+                except OSError:
+                    continue
+                linked[name] = (os.path.realpath(path), status.st_dev, status.st_ino)
+        anew, self._anew = self._anew, False
+        if root == self._root and linked == self._linked and not anew:
             return
-        if root != self._root and self._root is not None and root is not None:
+        if root != self._root:
             self.touch("")  # the directory itself was exchanged
+        for name in linked.keys() | self._linked.keys():
+            if linked.get(name) != self._linked.get(name):
+                self.touch(name)
         self._root, self._linked = root, linked
-        if self._observer is not None:
-            self._observer.stop()
-            self._observer = None
-        if root is None:
+        if self._watch.poll:
             return
-        observer = Observer()
+        old, self._observer = self._observer, None
+        if root is not None:
+            self._start_observer()
+        if old is not None:
+            old.stop()  # only now: no event is missed in between
+
+    def _start_observer(self) -> None:
+        observer: Any = None
         try:
+            observer = Observer()
             real = os.path.realpath(self._directory)
             observer.schedule(_Handler(self, real, None), real, recursive=True, event_filter=_EVENTS)
-            for name, target in linked.items():
+            for name, (target, _, _) in self._linked.items():
                 observer.schedule(_Handler(self, target, name), target, recursive=True, event_filter=_EVENTS)
             observer.start()
         except OSError as error:
-            self._tell(Hint(problem=_explain(error)))
-            try:
-                observer.stop()
-            except RuntimeError:
-                pass  # it never started
+            self._give_up(error)
+            if observer is not None:
+                try:
+                    observer.stop()
+                except RuntimeError:
+                    pass  # it never started
         else:
             self._observer = observer
+
+    def _give_up(self, error: OSError) -> None:
+        """Do without events, from now on until the directory is exchanged."""
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer = None
+        self._tell(Hint(problem=_explain(error)))
 
     def _tell(self, hint: Hint) -> None:
         if hint.problem and hint.problem == self._told:

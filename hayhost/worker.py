@@ -84,6 +84,7 @@ class Worker:
         """Called whenever a stream has ended."""
         self._state: bytearray | None = None
         self._dumped: asyncio.Future[bytes] | None = None
+        self._dumps_due = 0
         self._channel = Channel(
             zygote.fork(become=zygote is not version.zygote),
             wire.FromWorker,
@@ -317,6 +318,7 @@ class Worker:
         if self.exit.done() or self._dumped is not None:
             return b""
         self._dumped, self._state = self._loop.create_future(), bytearray()
+        self._dumps_due += 1
         self._channel.send(wire.DumpState())
         try:
             async with asyncio.timeout(_DUMP_TIMEOUT):
@@ -328,8 +330,11 @@ class Worker:
             self._dumped = self._state = None
 
     def _on_state(self, message: wire.State) -> None:
-        if self._state is None or self._dumped is None or self._dumped.done():
-            return  # it comes too late
+        late = self._dumps_due != 1  # of a dump that nobody waits for any more
+        if message.end:
+            self._dumps_due = max(0, self._dumps_due - 1)
+        if late or self._state is None or self._dumped is None or self._dumped.done():
+            return
         self._state += message.data
         if len(self._state) > wire.MAX_STATE:
             self.misbehaved("more state than a worker may have")

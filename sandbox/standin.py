@@ -140,6 +140,7 @@ class World:
         self._folder = folder
         self._path: list[str] | None = None
         self._hooks: list[Any] = []
+        self._finders: list[Any] = []
         self._modules: dict[str, ModuleType] = {}
 
     def enter(self) -> None:
@@ -150,9 +151,9 @@ class World:
             if World._entered is not None:
                 World._entered.leave()
             self._outside = (list(sys.path), dict(sys.modules), dict(os.environ), os.getcwd())
-            self._hooks_outside = list(sys.path_hooks)
+            self._hooks_outside, self._finders_outside = list(sys.path_hooks), list(sys.meta_path)
             if self._path is not None:
-                sys.path[:], sys.path_hooks[:] = self._path, self._hooks
+                sys.path[:], sys.path_hooks[:], sys.meta_path[:] = self._path, self._hooks, self._finders
             self._forget_finders()
             sys.modules.update(self._modules)
             _set_environment(MINIMAL_ENVIRONMENT)
@@ -177,6 +178,7 @@ class World:
                     sys.modules[name] = before
             self._path, sys.path[:] = list(sys.path), path
             self._hooks, sys.path_hooks[:] = list(sys.path_hooks), self._hooks_outside
+            self._finders, sys.meta_path[:] = list(sys.meta_path), self._finders_outside
             self._forget_finders()
             _set_environment(environment)
             os.chdir(cwd)

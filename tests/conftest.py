@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,11 +83,11 @@ def routes(body: str, **handlers: str) -> str:
 class HostProcess:
     """A running ``hayhost serve|dev|run``."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(self, arguments: list[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
         self.log_file = tempfile.NamedTemporaryFile("r+", suffix=".log")  # noqa: SIM115  # closed in stop()
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HAYHOST_", "HAY_"))}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "hayhost", *arguments],
+            [*prefix, sys.executable, "-P", "-m", "hayhost", *arguments],
             env={**environment, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log_file,
