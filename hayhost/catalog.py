@@ -21,6 +21,8 @@ from .routes import RouteTable
 
 __all__ = ["BadPlugin", "Plugin", "PluginState", "find_plugins", "load_all"]
 
+# A plugin that loads for longer than this waits for something more likely than it works: others may begin.
+_SLOW_LOAD: Final = 2.0
 _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 10.0
 
@@ -137,7 +139,13 @@ class Plugin:
         self.hooks = frozenset(loaded.hooks)
         self.routes = RouteTable((route.method, route.path) for route in metadata.routes)
         named = {field.env for field in metadata.config_schema.values() if isinstance(field.env, str)}
-        self.env = {name: os.environ[name] for name in named if name in os.environ}
+        self.env = {}
+        for name in sorted(named & os.environ.keys()):
+            text = os.environ[name]
+            if text == text.encode(errors="replace").decode():
+                self.env[name] = text
+            else:  # bytes that are no UTF-8
+                self.warnings.append(f"environment variable {name} is not UTF-8 text and counts as unset")
         if loaded.threads > 1:
             self.strict_reason = (
                 f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"
@@ -210,27 +218,35 @@ class Plugin:
 
 
 async def load_all(plugins: Iterable[Plugin], at_once: int) -> None:
-    """Load plugins side by side, logging each that does not load."""
+    """Load plugins side by side, logging each that does not load. A slow one does not hold up those after it."""
     limit = asyncio.Semaphore(at_once)
 
     async def load(plugin: Plugin) -> None:
         async with limit:
+            loading = asyncio.create_task(_load(plugin))
             try:
-                await plugin.load()
-            except PluginLoadError as error:
-                extra = {"traceback": error.traceback} if error.traceback else {}
-                get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error), **extra)
-            except HostError as error:
-                get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error))
-            else:
-                get_logger().info(
-                    "plugin loaded",
-                    plugin=plugin.name,
-                    version=plugin.manifest.version,
-                    routes=len(plugin.metadata.routes),
-                    sharing="strict" if plugin.strict else "fork",
-                )
-            for warning in plugin.warnings:
-                get_logger().warning(warning, plugin=plugin.name)
+                await asyncio.wait({loading}, timeout=_SLOW_LOAD)
+            except asyncio.CancelledError:
+                loading.cancel()
+                raise
+        await loading
 
     await asyncio.gather(*(load(plugin) for plugin in plugins))
+
+
+async def _load(plugin: Plugin) -> None:
+    try:
+        await plugin.load()
+    except HostError as error:
+        extra = {"traceback": error.traceback} if isinstance(error, PluginLoadError) and error.traceback else {}
+        get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error), **extra)
+    else:
+        get_logger().info(
+            "plugin loaded",
+            plugin=plugin.name,
+            version=plugin.manifest.version,
+            routes=len(plugin.metadata.routes),
+            sharing="strict" if plugin.strict else "fork",
+        )
+    for warning in plugin.warnings:
+        get_logger().warning(warning, plugin=plugin.name)

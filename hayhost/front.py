@@ -206,8 +206,8 @@ class Front(HTTPServerConnectionDelegate):
         """
         if not exchange.path.startswith("/"):
             raise RequestError("The request's target must be a path", status=400)
-        if len(headers.get_list("Host")) > 1:
-            raise RequestError("More than one Host header", status=400)
+        if (hosts := len(headers.get_list("Host"))) > 1 or (not hosts and exchange.version == "HTTP/1.1"):
+            raise RequestError("A request needs exactly one Host header", status=400)
         own = self._layout.own(exchange.path)
         if own is not None:
             if self._is_method(exchange, frozenset({"GET", "HEAD"})):
@@ -231,9 +231,8 @@ class Front(HTTPServerConnectionDelegate):
         found = place.plugin.routes.match(exchange.method, place.path)
         if isinstance(found, Match):
             exchange.to_plugin(self._pool.slot(place.plugin, place.org_id), found.route, found.params)
-        elif place.plugin.state is not PluginState.READY and not found:
-            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
         elif not found:
+            self._need_loaded(place.plugin)
             raise RequestError("The plugin has no such route", status=404)
         else:
             self._is_method(exchange, found)
@@ -284,9 +283,12 @@ class Front(HTTPServerConnectionDelegate):
             get_logger().exception("an internal error", request=exchange.id, path=exchange.path, reason=repr(error))
             exchange.refuse(RequestError("Internal server error"))
 
+    def _need_loaded(self, plugin: Plugin) -> None:
+        if plugin.state is not PluginState.READY:
+            raise UnavailableError(f"The plugin {plugin.name} is not loaded: {_first_line(plugin)}", 5)
+
     async def _metadata(self, place: Place, _body: bytes) -> Answer:
-        if place.plugin.state is not PluginState.READY:
-            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {_first_line(place.plugin)}", 5)
+        self._need_loaded(place.plugin)
         slot = self._pool.slots.get((place.plugin.name, place.org_id))
         running = slot.worker.mcp_servers if slot and slot.worker else []
         metadata = msgspec.to_builtins(place.plugin.metadata)
@@ -328,8 +330,7 @@ class Front(HTTPServerConnectionDelegate):
             config = msgspec.convert(request.get("config"), dict[str, Any] | None)
         except (RequestError, msgspec.ValidationError):
             return refused
-        if not auth.method_id:
-            return refused
+        self._need_loaded(place.plugin)  # or nobody could say what its hook does
         slot = self._pool.slot(place.plugin, place.org_id)
         valid = await lifecycle.validate_auth(self._pool, slot, place.installation, auth, config)
         return Answer(200, {"valid": valid})

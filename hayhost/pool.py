@@ -82,6 +82,10 @@ class Slot:
         if worker is None:
             self.ensure_starting()
 
+    def current(self) -> "Slot":
+        """The slot of this org now: an idle one is dropped, also while a request that was routed to it is read."""
+        return self._pool.slot(self.plugin, self.org_id)
+
     def forget(self, waiter: Waiter) -> None:
         """A waiting request's client has left, or its time is up."""
         self.queue.pop(waiter, None)
@@ -108,30 +112,34 @@ class Slot:
                 return
             self.adopt(worker)
 
-    async def launch(self, installation: Installation, *, serve: bool = True) -> Worker:
-        """A new worker of this org, ready. Raises ``StartFailedError`` and the like, which are counted if it serves."""
+    async def launch(self, installation: Installation, *, serve: bool = True, instead: bool = False) -> Worker:
+        """A new worker of this org, ready. Raises ``StartFailedError`` and the like, which are counted if it serves.
+
+        With ``instead`` it takes the place of one that leaves when this one is there.
+        """
         pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
         worker: Worker | None = None
         try:
-            worker = await pool.take(self.plugin)
+            worker = await pool.take(self.plugin, make_room=not instead)
             worker.start(installation, self.plugin.env, serve=serve, hook_timeout=hook_timeout)
             degraded = await worker.ready(hook_timeout + SLACK)
-        except RequestError as error:
+            if worker.exit.done():
+                raise StartFailedError(f"the worker died as soon as it was ready: {worker.exit.result()}")
+        except asyncio.CancelledError:
             if worker is not None:
                 worker.kill()
+            raise
+        except Exception as problem:  # whatever it was, who waits is told
+            if worker is not None:
+                worker.kill()
+            error = problem if isinstance(problem, UnavailableError) else StartFailedError(str(problem))
             if serve:
                 self.breaker.failed(pool.loop.time(), error.message)
                 self.last_error = error.message
                 get_logger().error(
                     "a worker did not start", plugin=self.plugin.name, org=self.org_id, reason=error.message
                 )
-            if isinstance(error, UnavailableError):
-                raise
-            raise StartFailedError(error.message) from None
-        except asyncio.CancelledError:
-            if worker is not None:
-                worker.kill()
-            raise
+            raise error from None
         get_logger().debug(
             "worker ready", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, serve=serve, ms=worker.phases()
         )
@@ -147,6 +155,7 @@ class Slot:
         self._pool.serving(worker, self)
         worker.released = lambda: self._released(worker)
         self.pump()
+        self._pool.touch(worker)
 
     def _released(self, worker: Worker) -> None:
         self._pool.touch(worker)
@@ -203,7 +212,7 @@ class Slot:
         if old is None or installation is None:
             return
         try:
-            worker = await self.launch(installation)
+            worker = await self.launch(installation, instead=True)
         except RequestError as error:
             get_logger().error(
                 "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
@@ -238,6 +247,7 @@ class Pool:
         """Whether workers stay however long they are idle (``hayhost run``)."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._coming = 0  # workers that are not in ``workers`` yet, because their zygote is waited for
         self._closing = False
         self._last_start = 0.0
         self._ticker = self.spawn(self._tick())
@@ -263,8 +273,8 @@ class Pool:
 
     # ---- processes
 
-    async def take(self, plugin: Plugin) -> Worker:
-        """A worker of ``plugin`` that has said hello and has no org: a spare, or a new one once there is room.
+    async def take(self, plugin: Plugin, *, make_room: bool = True) -> Worker:
+        """A worker of ``plugin`` that has said hello and has no org: a spare, or a new one, once there is room for it.
 
         Raises ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
         """
@@ -274,26 +284,43 @@ class Pool:
             worker = spares.popleft()
             if not worker.exit.done():
                 return worker
-        await self._make_room()
+        if make_room:
+            await self._make_room()
         return await self._fork(plugin)
 
     async def _fork(self, plugin: Plugin) -> Worker:
-        zygote = await plugin.ready_zygote() if not plugin.strict else await plugin.spawn()
+        strict = plugin.strict
+        self._coming += 1
+        try:
+            zygote = await plugin.ready_zygote() if not strict else await plugin.spawn()
+        except BaseException:
+            self._wake_one()  # the room that was made for it is free again
+            raise
+        finally:
+            self._coming -= 1
         log = PluginLog(plugin=plugin.name, version=plugin.manifest.version)
-        worker = Worker(zygote, log, self._gone, strict=plugin.strict)
+        try:
+            worker = Worker(zygote, log, self._gone, strict=strict)
+        except OSError:
+            if strict:
+                zygote.kill()
+            self._wake_one()
+            raise
         self.workers[worker] = None
         try:
             async with asyncio.timeout(self.settings.hook_timeout + SLACK):
                 await asyncio.shield(worker.hello)
         except TimeoutError:
             worker.kill()
+            zygote.kill()  # it does not fork any more
             raise StartFailedError("it did not say hello in time") from None
         return worker
 
     async def _make_room(self) -> None:
-        while len(self.workers) >= self.settings.max_workers and not self._closing:
+        while len(self.workers) + self._coming >= self.settings.max_workers and not self._closing:
             draining = sum(worker.lifecycle.state is WorkerState.DRAINING for worker in self.workers)
-            if len(self.workers) - draining < self.settings.max_workers and draining <= self._most_draining:
+            taken = len(self.workers) + self._coming - draining
+            if taken < self.settings.max_workers and draining <= self._most_draining:
                 return
             if draining <= self._most_draining and self._evict():
                 continue
@@ -309,15 +336,25 @@ class Pool:
     def _evict(self) -> bool:
         """Make the least useful worker leave: a spare, else the one idle for the longest."""
         for spares in self.spares.values():
-            if spares:
-                spares.popleft().kill()
-                return True
+            while spares:
+                spare = spares.popleft()
+                if not spare.exit.done():
+                    spare.lifecycle.to(WorkerState.DRAINING, "its room is needed")
+                    spare.kill()
+                    return True
         for worker, slot in self.lru.items():
             if worker.idle and not slot.lock.locked():
-                slot.release()
-                self.spawn(self.retire(worker))
+                self._dismiss(worker, slot)
                 return True
         return False
+
+    def _dismiss(self, worker: Worker, slot: Slot) -> None:
+        """Make an idle worker leave, and forget its slot unless there is something to remember."""
+        slot.release()
+        worker.lifecycle.to(WorkerState.DRAINING, "on_stop")
+        self.spawn(self.retire(worker))
+        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
+            self.slots.pop((slot.plugin.name, slot.org_id), None)
 
     def serving(self, worker: Worker, slot: Slot) -> None:
         """``worker`` serves ``slot`` from now on."""
@@ -361,17 +398,11 @@ class Pool:
             for worker, slot in list(self.lru.items()):
                 if worker.used < now - self.settings.idle_timeout:
                     if worker.idle and not slot.lock.locked() and not self.keep_idle:
-                        self._stop_idle(worker, slot)
+                        self._dismiss(worker, slot)
                 elif worker.idle and not worker.cancelled:
                     worker.pinged = None
                 self._check(worker, slot, now)
             self._refill(now)
-
-    def _stop_idle(self, worker: Worker, slot: Slot) -> None:
-        slot.release()
-        self.spawn(self.retire(worker))
-        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
-            self.slots.pop((slot.plugin.name, slot.org_id), None)
 
     def _check(self, worker: Worker, slot: Slot, now: float) -> None:
         """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""
@@ -384,9 +415,12 @@ class Pool:
                 org=slot.org_id,
                 worker=worker.pid,
             )
-            slot.last_error = f"the worker did not answer pings for {self.settings.ping_timeout:g} s and was replaced"
-            worker.kill()
-        elif any(now - since > _STUCK_AFTER for since in worker.cancelled.values()) and not slot.lock.locked():
+            worker.kill(f"it did not answer pings for {self.settings.ping_timeout:g} s")
+        elif (
+            any(now - since > _STUCK_AFTER for since in worker.cancelled.values())
+            and not slot.lock.locked()
+            and not slot.breaker.refuses_for(now)
+        ):
             slot.last_error = "a handler did not end after its request was cancelled; the worker was replaced"
             get_logger().error(slot.last_error, plugin=slot.plugin.name, org=slot.org_id, worker=worker.pid)
             self.spawn(slot.replace("a handler is stuck"))
