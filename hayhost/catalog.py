@@ -19,6 +19,8 @@ from .version import Version, load_version, spec_of
 
 __all__ = ["BadPlugin", "LoadRecord", "Plugin", "PluginState", "find_plugins", "load_all"]
 
+# A plugin that loads for longer than this waits for something more likely than it works: others may begin.
+_SLOW_LOAD: Final = 2.0
 _RETRY_FIRST: Final = 0.2
 _RETRY_MOST: Final = 10.0
 _HISTORY: Final = 20
@@ -295,26 +297,34 @@ class Plugin:
 
 
 async def load_all(plugins: Iterable[Plugin], at_once: int) -> None:
-    """Load plugins side by side, logging each that does not load."""
+    """Load plugins side by side, logging each that does not load. A slow one does not hold up those after it."""
     limit = asyncio.Semaphore(at_once)
 
     async def load(plugin: Plugin) -> None:
         async with limit:
+            loading = asyncio.create_task(_load(plugin))
             try:
-                await plugin.load()
-            except PluginLoadError as error:
-                extra = {"traceback": error.traceback} if error.traceback else {}
-                get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error), **extra)
-            except HostError as error:
-                get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error))
-            else:
-                get_logger().info(
-                    "plugin loaded",
-                    plugin=plugin.name,
-                    version=plugin.manifest.version,
-                    sharing="strict" if plugin.current and plugin.current.strict else "fork",
-                )
-            for warning in plugin.current.warnings if plugin.current else plugin.manifest.warnings:
-                get_logger().warning(warning, plugin=plugin.name)
+                await asyncio.wait({loading}, timeout=_SLOW_LOAD)
+            except asyncio.CancelledError:
+                loading.cancel()
+                raise
+        await loading
 
     await asyncio.gather(*(load(plugin) for plugin in plugins))
+
+
+async def _load(plugin: Plugin) -> None:
+    try:
+        await plugin.load()
+    except HostError as error:
+        extra = {"traceback": error.traceback} if isinstance(error, PluginLoadError) and error.traceback else {}
+        get_logger().error("the plugin did not load", plugin=plugin.name, reason=str(error), **extra)
+    else:
+        get_logger().info(
+            "plugin loaded",
+            plugin=plugin.name,
+            version=plugin.manifest.version,
+            sharing="strict" if plugin.current and plugin.current.strict else "fork",
+        )
+    for warning in plugin.current.warnings if plugin.current else plugin.manifest.warnings:
+        get_logger().warning(warning, plugin=plugin.name)

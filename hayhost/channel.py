@@ -14,6 +14,10 @@ __all__ = ["Channel", "socket_pair"]
 
 # One read's worth per turn of the loop and child: a child that floods gets its share, not more.
 _READ = 128 << 10
+# At least what a socket can hold; one that goes on writing while it is drained is not listened to for ever.
+_DRAIN_READS = 8
+# Joined and copied at once at most, so that a long backlog is not copied again for every piece that leaves.
+_WRITE = 256 << 10
 _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
 
 
@@ -78,9 +82,11 @@ class Channel:
                         os.close(descriptor)
                     self._out[0] = (data, ())
                 else:
-                    parts = []
-                    while self._out and not self._out[0][1]:
+                    parts: list[bytes] = []
+                    size = 0
+                    while self._out and not self._out[0][1] and size < _WRITE:
                         parts.append(self._out.popleft()[0])
+                        size += len(parts[-1])
                     data = parts[0] if len(parts) == 1 else b"".join(parts)
                     self._out.appendleft((data, ()))
                     sent = self._sock.send(data)
@@ -91,7 +97,7 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._out.clear()  # the child reads no more; what it still said counts all the same
+            self._forget()  # the child reads no more; what it still said counts all the same
             self._loop.call_soon(self._lost, error.strerror or "the socket failed")
         if bool(self._out) != self._writer_added:
             self._writer_added = bool(self._out)
@@ -161,10 +167,10 @@ class Channel:
             self._end(f"protocol error: {error}")
 
     def drain(self) -> None:
-        """Take in what the child still said before it died."""
-        while not self.is_closed:
+        """Take in what the child still said before it died. Not within ``receive``, whose frame is unfinished."""
+        for _ in range(_DRAIN_READS):
             try:
-                data = self._sock.recv(_READ)
+                data = b"" if self.is_closed else self._sock.recv(_READ)
             except OSError:
                 return
             if not data:
@@ -172,6 +178,8 @@ class Channel:
             try:
                 for message in self._decoder.feed(data):
                     self._receive(message)
+                    if self.is_closed:
+                        return
             except wire.ProtocolError:
                 return
 
@@ -193,6 +201,9 @@ class Channel:
         if self._writer_added:
             self._loop.remove_writer(self._sock)
         self._sock.close()
+        self._forget()
+
+    def _forget(self) -> None:
         for _, descriptors in self._out:
             for descriptor in descriptors:
                 os.close(descriptor)

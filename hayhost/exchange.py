@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from string import printable
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -11,7 +13,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, RequestStartLine,
 from sandbox import wire
 
 from .errors import RequestError, RequestTimeoutError, UnavailableError, WorkerLostError
-from .responses import BadResponseError, plugin_headers, request_headers, start_line
+from .responses import BadRequestError, BadResponseError, body_length, plugin_headers, request_headers, start_line
 
 if TYPE_CHECKING:
     from .front import Front
@@ -56,6 +58,7 @@ class Exchange(HTTPMessageDelegate):
         self.base = "/"
         self.id = ""
         self.method = ""
+        self.version = ""
         self.path = ""
         self.query = ""
         self.status = 0
@@ -79,6 +82,7 @@ class Exchange(HTTPMessageDelegate):
         self._room: asyncio.Future[None] | None = None
         # the answer's body
         self._headed = False
+        self._until_close = False
         self._answer_ended = False
         self._remaining: int | None = None
         self._pending: list[bytes] = []
@@ -92,8 +96,11 @@ class Exchange(HTTPMessageDelegate):
     ) -> "Awaitable[None] | None":
         assert isinstance(start_line, RequestStartLine)
         self._headers = headers
-        self.method = start_line.method
-        self.path, _, self.query = start_line.path.partition("?")
+        self.method, self.version = start_line.method, start_line.version
+        target = start_line.path
+        if not target.isascii():  # bytes that should have been percent-encoded, read as Latin-1
+            target = quote(target, safe=printable, encoding="latin-1")
+        self.path, _, self.query = target.partition("?")
         self._connection.set_close_callback(self.on_connection_close)
         self._front.wait_for(self)
         try:
@@ -115,14 +122,17 @@ class Exchange(HTTPMessageDelegate):
 
     def _route_it(self) -> None:
         try:
-            length = self._headers.get("Content-Length", "0")
-            if length.isdigit() and int(length[:20]) > self._front.settings.max_body:
+            length = body_length(self._headers)
+        except BadRequestError as error:
+            self.refuse(RequestError(str(error), status=400), last=True)
+            return
+        try:
+            if length > self._front.settings.max_body:
                 raise self._too_large()
             self._front.route(self, self._headers)
         except RequestError as error:
-            self.refuse(error)
-            if self._headers.get("Expect"):  # the client waits for leave to send the body, and gets the answer instead
-                self._finish()
+            # A client that waits for leave to send its body gets the answer instead of it.
+            self.refuse(error, last="Expect" in self._headers)
 
     def _too_large(self) -> RequestError:
         return RequestError(f"The body is larger than {self._front.settings.max_body} bytes", status=413)
@@ -132,7 +142,7 @@ class Exchange(HTTPMessageDelegate):
         if self._closed:
             return None
         if self._headed:  # answered already: the rest is read and dropped
-            if self._received > _DISCARD:
+            if self._received > _DISCARD and self._answer_ended:
                 self._finish()
             return None
         if self._received > self._front.settings.max_body:
@@ -148,7 +158,7 @@ class Exchange(HTTPMessageDelegate):
                 return None
             # A long body whose worker is not there yet: ask for the worker, and read no more until it is.
             self._window = 0
-            self.slot.submit(self)
+            self._submit()
         if self._window > 0 or self._headed:
             return None
         self._room = self._front.loop.create_future()
@@ -168,7 +178,7 @@ class Exchange(HTTPMessageDelegate):
             self._worker.send(wire.Body(self._stream, b"", True))
         elif self.slot is not None and not self._headed:
             self._front.wait_for(self)
-            self.slot.submit(self)
+            self._submit()
 
     def on_connection_close(self) -> None:
         if not self._closed:
@@ -192,7 +202,12 @@ class Exchange(HTTPMessageDelegate):
         self.to_plugin(slot, index, [])
         self._buffer = [body]
         self._front.wait_for(self)
-        slot.submit(self)
+        self._submit()
+
+    def _submit(self) -> None:
+        assert self.slot is not None
+        self.slot = self.slot.current()
+        self.slot.submit(self)
 
     # ---- the worker, from its slot
 
@@ -241,7 +256,9 @@ class Exchange(HTTPMessageDelegate):
 
     def credit(self, size: int) -> None:
         self._window += size
-        if self._window > 0:
+        if self._window > wire.WINDOW:
+            self._misbehaved("more room than there was")
+        elif self._window > 0:
             self._resume()
 
     def _resume(self) -> None:
@@ -259,14 +276,17 @@ class Exchange(HTTPMessageDelegate):
 
     def timed_out(self) -> None:
         """Its deadline has passed: the client's, the queue's or the handler's, depending on who is waited for."""
-        waited, worker = not self._request_ended, self._worker
+        if self._closed:  # answered, and the client does not take the rest
+            self._connection.close()
+            return
+        held_up = self._room is not None and not self._room.done()  # we read no more of the body, for want of a taker
+        waited, worker = not self._request_ended and not held_up, self._worker
         self._cancel()
         limit = f"{self._front.settings.request_timeout:g} s"
         if self._headed:
             self._break_off()
         elif waited:
-            self.refuse(RequestError(f"The request's body did not arrive for {limit}", status=408))
-            self._finish()
+            self.refuse(RequestError(f"The request's body did not arrive for {limit}", status=408), last=True)
         elif worker is not None:
             self.refuse(RequestTimeoutError(f"The plugin did not answer within {limit}"))
         else:
@@ -276,7 +296,7 @@ class Exchange(HTTPMessageDelegate):
 
     def head(self, message: wire.ResponseHead) -> None:
         if self._headed:
-            self._misbehaved()
+            self._misbehaved("an answer with two heads")
             return
         try:
             headers, length = plugin_headers(message.headers, self.base)
@@ -303,12 +323,10 @@ class Exchange(HTTPMessageDelegate):
             self._more(message.body)
 
     def body(self, message: wire.Body) -> None:
-        if message.end:
-            self._worker = None
         if not self._headed:
-            self._cancel()
-            self.refuse(WorkerLostError("The plugin broke off its answer"))
+            self._misbehaved("an answer without a head")
         elif self._more(message.data) and message.end:
+            self._worker = None
             if self._remaining:
                 self._break_off()
             else:
@@ -320,7 +338,7 @@ class Exchange(HTTPMessageDelegate):
         if self._remaining is not None:
             self._remaining -= len(data)
         if self._outstanding > wire.WINDOW or (self._remaining is not None and self._remaining < 0):
-            self._misbehaved()
+            self._misbehaved("more of an answer than was announced or granted")
             return False
         if data:
             self._pending.append(data)
@@ -334,17 +352,20 @@ class Exchange(HTTPMessageDelegate):
         else:
             self.refuse(error)
 
-    def _misbehaved(self) -> None:
-        worker, self._worker = self._worker, None
-        self._break_off()
+    def _misbehaved(self, how: str) -> None:
+        worker = self._worker
+        self.failed(WorkerLostError("The plugin broke off its answer"))
         if worker is not None:
-            worker.misbehaved("an answer with two heads, more bytes than it announced, or more than was granted")
+            worker.misbehaved(how)
 
     # ---- the answer, to Tornado
 
-    def refuse(self, error: RequestError) -> None:
-        """Answer with an error as JSON."""
-        self.answer(Answer(error.status, {"error": error.message}, error.headers))
+    def refuse(self, error: RequestError, *, last: bool = False) -> None:
+        """Answer with an error as JSON; if it is the ``last`` answer on its connection, without the request's rest."""
+        headers = {**error.headers, "Connection": "close"} if last else error.headers
+        self.answer(Answer(error.status, {"error": error.message}, headers))
+        if last:
+            self._finish()
 
     def answer(self, answer: Answer) -> None:
         """Answer with something of the host's own."""
@@ -366,6 +387,9 @@ class Exchange(HTTPMessageDelegate):
         self.status = status
         headers["Date"] = self._front.date()
         headers["Server"] = "hayhost"
+        if self.version == "HTTP/1.0" and "Content-Length" not in headers and status not in _BODILESS:
+            self._until_close = True  # nothing else tells such a client where the body ends
+            self._headers.pop("Connection", None)  # or Tornado promises that the connection stays
         self._front.answering(self)
         future = self._connection.write_headers(start_line(status), headers, body)
         self._resume()  # an upload that nobody wants any more is read to its end and dropped
@@ -406,8 +430,20 @@ class Exchange(HTTPMessageDelegate):
         if self._pending:
             self._connection.write(b"".join(self._pending))
             self._pending.clear()
-        self._close()
+        self._closed = True
+        self._resume()
+        stream = self._connection.stream
         self._connection.finish()
+        if stream.writing():  # it is over when the client has taken it all, for which it has its time
+            self._front.wait_for(self)
+            stream.write(b"").add_done_callback(lambda _: self._taken())
+        else:
+            self._taken()
+
+    def _taken(self) -> None:
+        self._front.closed(self)
+        if self._until_close:
+            self._connection.close()
 
     def _break_off(self) -> None:
         """Close the connection, so that the client cannot take what it has for the whole."""

@@ -132,8 +132,8 @@ class Front(HTTPServerConnectionDelegate):
         """
         if not exchange.path.startswith("/"):
             raise RequestError("The request's target must be a path", status=400)
-        if len(headers.get_list("Host")) > 1:
-            raise RequestError("More than one Host header", status=400)
+        if (hosts := len(headers.get_list("Host"))) > 1 or (not hosts and exchange.version == "HTTP/1.1"):
+            raise RequestError("A request needs exactly one Host header", status=400)
         own = self._layout.own(exchange.path)
         if own is not None:
             if own.managing:
@@ -159,9 +159,7 @@ class Front(HTTPServerConnectionDelegate):
             return
         slot = self._pool.find(place.plugin, place.org_id)
         # The org's worker may still be of the version before: what it does not have, it cannot answer.
-        version = slot.worker.version if slot is not None and slot.worker is not None else place.plugin.current
-        if version is None:
-            raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
+        version = slot.worker.version if slot is not None and slot.worker is not None else self._loaded(place)
         found = self.match(exchange, version)
         if found is not None:
             exchange.to_plugin(slot or self._pool.slot(place.plugin, place.org_id), found.route, found.params, version)
@@ -225,12 +223,15 @@ class Front(HTTPServerConnectionDelegate):
             get_logger().exception("an internal error", request=exchange.id, path=exchange.path, reason=repr(error))
             exchange.refuse(RequestError("Internal server error"))
 
-    async def _metadata(self, place: Place, _body: bytes) -> Answer:
-        if place.plugin.current is None:
+    def _loaded(self, place: Place) -> Version:
+        if (version := place.plugin.current) is None:
             raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
+        return version
+
+    async def _metadata(self, place: Place, _body: bytes) -> Answer:
+        metadata = msgspec.to_builtins(self._loaded(place).metadata)
         slot = self._pool.find(place.plugin, place.org_id)
         running = slot.worker.mcp_servers if slot and slot.worker else []
-        metadata = msgspec.to_builtins(place.plugin.current.metadata)
         return Answer(200, {**metadata, "mcp": {"local": [{"id": id} for id in running], "external": []}})
 
     async def _health(self, place: Place, _body: bytes) -> Answer:
@@ -270,8 +271,7 @@ class Front(HTTPServerConnectionDelegate):
             config = msgspec.convert(request.get("config"), dict[str, Any] | None)
         except (RequestError, msgspec.ValidationError):
             return refused
-        if not auth.method_id:
-            return refused
+        self._loaded(place)  # or nobody could say what its hook does
         slot = self._pool.slot(place.plugin, place.org_id)
         valid = await lifecycle.validate_auth(self._pool, slot, place.installation, auth, config)
         return Answer(200, {"valid": valid})

@@ -187,7 +187,7 @@ class Host:
 
 
 def _raise_descriptor_limit() -> None:
-    """Each worker costs the front two descriptors: take as many as the machine gives."""
+    """Each worker costs the front three descriptors: take as many as the machine gives."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+from sandbox import wire
 
 from .errors import RequestError
 from .installs import Auth, Installation
@@ -13,6 +15,9 @@ from .pool import Pool, Slot
 from .worker import Worker
 
 __all__ = ["disable", "update_config", "validate_auth"]
+
+# It goes to the worker in one frame, with the credentials and perhaps a second time with these merged in.
+_MAX_CONFIG: Final = wire.MAX_FRAME // 4
 
 
 async def validate_auth(
@@ -41,10 +46,16 @@ async def validate_auth(
 async def update_config(pool: Pool, slot: Slot, installation: Installation, config: dict[str, Any]) -> None:
     """Keep a new config, tell the plugin with ``on_config_update``, and swap in a worker that was started with it.
 
-    What goes wrong after the config is kept is logged; the update still succeeds.
+    What goes wrong after the config is kept is logged; the update still succeeds. Raises ``RequestError`` with status
+    413, and changes nothing, if no worker could be given the config, and 404 if the plugin has been disabled meanwhile.
     """
+    if len(msgspec.json.encode(config)) > _MAX_CONFIG:
+        raise RequestError(f"The config is larger than {_MAX_CONFIG} bytes", status=413)
     async with slot.lock:
-        changed = msgspec.structs.replace(installation, config=config, problem="")
+        current = pool.installs.find(slot.plugin.name, slot.org_id)
+        if current is None or not current.enabled:
+            raise RequestError("This plugin is not installed for this organisation", status=404)
+        changed = msgspec.structs.replace(current, config=config, problem="")
         pool.installs.save(slot.plugin.name, changed)
         await _config_hook(pool, slot, changed)
         await slot.replace_locked("new config")
@@ -82,6 +93,8 @@ async def disable(pool: Pool, slot: Slot, installation: Installation) -> None:
         if worker is not None:
             await pool.retire(worker, "on_disable")
         slot.last_error = ""
+        if slot.queue:
+            slot.ensure_starting()  # which tells those who wait that there is nothing to wait for
 
 
 @contextlib.asynccontextmanager

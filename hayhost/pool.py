@@ -96,6 +96,10 @@ class Slot:
         if worker is None:
             self.ensure_starting()
 
+    def current(self) -> "Slot":
+        """The slot of this org now: an idle one is dropped, also while a request that was routed to it is read."""
+        return self._pool.slot(self.plugin, self.org_id)
+
     def forget(self, waiter: Waiter) -> None:
         """A waiting request's client has left, or its time is up."""
         self.queue.pop(waiter, None)
@@ -162,22 +166,23 @@ class Slot:
                 worker.send_state(await carry())
             worker.start(installation, serve=serve, hook_timeout=hook_timeout)
             degraded = await worker.ready(hook_timeout + SLACK)
-        except RequestError as error:
+            if worker.exit.done():
+                raise StartFailedError(f"the worker died as soon as it was ready: {worker.exit.result()}")
+        except asyncio.CancelledError:
             if worker is not None:
                 worker.kill()
+            raise
+        except Exception as problem:  # whatever it was, who waits is told
+            if worker is not None:
+                worker.kill()
+            error = problem if isinstance(problem, UnavailableError) else StartFailedError(str(problem))
             if serve:
                 self.breaker.failed(pool.loop.time(), error.message)
                 self.last_error = error.message
                 get_logger().error(
                     "a worker did not start", plugin=self.plugin.name, org=self.org_id, reason=error.message
                 )
-            if isinstance(error, UnavailableError):
-                raise
-            raise StartFailedError(error.message) from None
-        except asyncio.CancelledError:
-            if worker is not None:
-                worker.kill()
-            raise
+            raise error from None
         get_logger().debug(
             "worker ready", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, serve=serve, ms=worker.phases()
         )
@@ -196,6 +201,7 @@ class Slot:
         self._pool.serving(worker, self)
         worker.released = lambda: self._released(worker)
         self.pump()
+        self._pool.touch(worker)
 
     def _released(self, worker: Worker) -> None:
         self._pool.touch(worker)
@@ -335,6 +341,7 @@ class Pool:
         """Whether workers stay however long they are idle (``hayhost run``)."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._coming = 0  # workers that are not in ``workers`` yet, because their zygote is waited for
         self._closing = False
         self._last_start = 0.0
         self._ticker = self.spawn(self._tick())
@@ -380,21 +387,35 @@ class Pool:
             worker.kill()
         if room:
             await self._make_room()
-        return await self._fork(plugin, version or await plugin.ready_version())
+        return await self._fork(plugin, version)
 
-    async def _fork(self, plugin: Plugin, version: Version) -> Worker:
+    async def _fork(self, plugin: Plugin, version: Version | None) -> Worker:
+        self._coming += 1
         try:
+            version = version or await plugin.ready_version()
             zygote = (await plugin.twin(version)).zygote if version.strict else version.zygote
-        except HostError as error:
-            raise StartFailedError(str(error).partition("\n")[0]) from None
+        except BaseException as error:
+            self._wake_one()  # the room that was made for it is free again
+            if isinstance(error, HostError):
+                raise StartFailedError(str(error).partition("\n")[0]) from None
+            raise
+        finally:
+            self._coming -= 1
         log = PluginLog(plugin=plugin.name, version=version.manifest.version)
-        worker = Worker(version, zygote, log, self._gone)
+        try:
+            worker = Worker(version, zygote, log, self._gone)
+        except OSError:
+            if zygote is not version.zygote:
+                zygote.kill()
+            self._wake_one()
+            raise
         self.workers[worker] = None
         try:
             async with asyncio.timeout(self.settings.hook_timeout + SLACK):
                 await asyncio.shield(worker.hello)
         except TimeoutError:
             worker.kill()
+            zygote.kill()  # it does not fork any more
             raise StartFailedError("it did not say hello in time") from None
         except asyncio.CancelledError:
             worker.kill()
@@ -402,9 +423,10 @@ class Pool:
         return worker
 
     async def _make_room(self) -> None:
-        while len(self.workers) >= self.settings.max_workers and not self._closing:
+        while len(self.workers) + self._coming >= self.settings.max_workers and not self._closing:
             draining = sum(worker.lifecycle.state is WorkerState.DRAINING for worker in self.workers)
-            if len(self.workers) - draining < self.settings.max_workers and draining <= self._most_draining:
+            taken = len(self.workers) + self._coming - draining
+            if taken < self.settings.max_workers and draining <= self._most_draining:
                 return
             if draining <= self._most_draining and self._evict():
                 continue
@@ -425,15 +447,25 @@ class Pool:
     def _evict(self) -> bool:
         """Make the least useful worker leave: a spare, else the one idle for the longest."""
         for spares in self.spares.values():
-            if spares:
-                spares.popleft().kill()
-                return True
+            while spares:
+                spare = spares.popleft()
+                if not spare.exit.done():
+                    spare.lifecycle.to(WorkerState.DRAINING, "its room is needed")
+                    spare.kill()
+                    return True
         for worker, slot in self.lru.items():
             if worker.idle and not slot.lock.locked():
-                slot.release()
-                self.spawn(self.retire(worker))
+                self._dismiss(worker, slot)
                 return True
         return False
+
+    def _dismiss(self, worker: Worker, slot: Slot) -> None:
+        """Make an idle worker leave, and forget its slot unless there is something to remember."""
+        slot.release()
+        worker.lifecycle.to(WorkerState.DRAINING, "on_stop")
+        self.spawn(self.retire(worker))
+        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
+            self.slots.pop((slot.plugin.name, slot.org_id), None)
 
     def serving(self, worker: Worker, slot: Slot) -> None:
         """``worker`` serves ``slot`` from now on."""
@@ -477,17 +509,11 @@ class Pool:
             for worker, slot in list(self.lru.items()):
                 if worker.used < now - self.settings.idle_timeout:
                     if worker.idle and not slot.lock.locked() and not self.keep_idle:
-                        self._stop_idle(worker, slot)
+                        self._dismiss(worker, slot)
                 elif worker.idle and not worker.cancelled:
                     worker.pinged = None
                 self._check(worker, slot, now)
             self._refill(now)
-
-    def _stop_idle(self, worker: Worker, slot: Slot) -> None:
-        slot.release()
-        self.spawn(self.retire(worker))
-        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
-            self.slots.pop((slot.plugin.name, slot.org_id), None)
 
     def _check(self, worker: Worker, slot: Slot, now: float) -> None:
         """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""
@@ -500,9 +526,12 @@ class Pool:
                 org=slot.org_id,
                 worker=worker.pid,
             )
-            slot.last_error = f"the worker did not answer pings for {self.settings.ping_timeout:g} s and was replaced"
-            worker.kill()
-        elif any(now - since > _STUCK_AFTER for since in worker.cancelled.values()) and not slot.lock.locked():
+            worker.kill(f"it did not answer pings for {self.settings.ping_timeout:g} s")
+        elif (
+            any(now - since > _STUCK_AFTER for since in worker.cancelled.values())
+            and not slot.lock.locked()
+            and not slot.breaker.refuses_for(now)
+        ):
             slot.last_error = "a handler did not end after its request was cancelled; the worker was replaced"
             get_logger().error(slot.last_error, plugin=slot.plugin.name, org=slot.org_id, worker=worker.pid)
             self.spawn(slot.replace("a handler is stuck"))

@@ -223,7 +223,7 @@ class Zygote:
     def _hello(self, pid: int, message: wire.Hello) -> None:
         self.stamps = list(message.stamps)
         try:
-            self._process = Process(pid, lambda: self._closed(""))
+            self._process = Process(pid, self._exited)
         except OSError:
             pass  # dead already: the socket says so next
 
@@ -252,10 +252,13 @@ class Zygote:
             )
         self.kill()
 
+    def _exited(self) -> None:
+        self._channel.drain()
+        self._closed("")
+
     def _closed(self, reason: str) -> None:
         if not self.alive:
             return
-        self._channel.drain()
         self.alive = False
         self._deadline.cancel()
         if not self.loaded.done():
@@ -273,10 +276,15 @@ class Zygote:
             self._process.close()
         self._channel.close()
 
-    def fork(self, become: bool = False) -> socket.socket:
-        """Have a worker forked; the front's end of its socket. With ``become`` the zygote itself is the worker."""
+    def fork(self, log: PluginLog, become: bool = False) -> socket.socket:
+        """Have a worker forked; the front's end of its socket. With ``become`` the zygote itself is the worker.
+
+        What it writes to its descriptors 1 and 2 goes to ``log``, and through no pipe that another org's worker has.
+        """
         ours, theirs = socket_pair()
-        self._channel.send(wire.Fork(become), [theirs.detach()])
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        _Output(reader, log)
+        self._channel.send(wire.Fork(become), [theirs.detach(), writer])
         self._became = become
         return ours
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from tornado.httputil import HTTPHeaders, ResponseStartLine
 
-__all__ = ["BadResponseError", "plugin_headers", "request_headers", "start_line"]
+__all__ = ["BadRequestError", "BadResponseError", "body_length", "plugin_headers", "request_headers", "start_line"]
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -46,9 +46,14 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 # What a browser may run as a page. No Content-Type at all is sniffed no more, thanks to nosniff, but shown.
 _INERT = re.compile(
-    r"(application/(json|octet-stream|pdf|zip|x-ndjson)|text/(plain|csv|event-stream|css)|image/(?!svg))\b"
+    r"(application/(json|octet-stream|pdf|zip|x-ndjson)|text/(plain|csv|event-stream|css)|image/(?!svg)[a-z0-9.+-]+)"
+    r"\s*(;[^,]*)?"  # of several types, a browser takes the last one
 )
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class BadRequestError(ValueError):
+    """A client's headers do not say clearly where its request ends."""
 
 
 class BadResponseError(ValueError):
@@ -58,6 +63,23 @@ class BadResponseError(ValueError):
 def start_line(status: int) -> ResponseStartLine:
     """The start line for ``status``."""
     return ResponseStartLine("HTTP/1.1", status, _REASONS.get(status, "Unknown"))
+
+
+def body_length(headers: HTTPHeaders) -> int:
+    """The length of a request's body, 0 if it is not told in advance.
+
+    Raises ``BadRequestError`` for what others might understand in another way (RFC 9112, 6.1 and 6.3).
+    """
+    given, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
+    if coding is not None and (given is not None or coding.lower() != "chunked"):
+        raise BadRequestError("A body is either of a Content-Length or in the transfer coding chunked, and no other")
+    if given is None:
+        return 0
+    lengths = {length.strip() for length in given.split(",")}
+    length = lengths.pop()
+    if lengths or not length.isascii() or not length.isdigit() or len(length) > 18:
+        raise BadRequestError("The Content-Length must be one number")
+    return int(length)
 
 
 def request_headers(headers: HTTPHeaders) -> list[tuple[str, str]]:
@@ -79,7 +101,7 @@ def plugin_headers(given: Iterable[tuple[str, str]], base: str) -> tuple[HTTPHea
     for name, value in given:
         if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
             raise BadResponseError("a header's name or value has characters that it cannot have")
-        lower = name.lower()
+        lower, value = name.lower(), value.strip(" \t")
         if lower == "content-length":
             if not value.isascii() or not value.isdigit() or len(value) > 18 or length is not None:
                 raise BadResponseError("not a Content-Length")
@@ -88,10 +110,10 @@ def plugin_headers(given: Iterable[tuple[str, str]], base: str) -> tuple[HTTPHea
             headers.add("Set-Cookie", _confined_cookie(value, base))
         elif lower not in _NOT_THEIRS:
             if lower == "content-type":
-                kind = value.strip().lower()
+                kind = f"{kind},{value.lower()}" if kind else value.lower()
             headers.add(name, value)
     headers.add("X-Content-Type-Options", "nosniff")
-    if not _INERT.match(kind):
+    if not _INERT.fullmatch(kind):
         headers.add("Content-Security-Policy", "sandbox")
     return headers, length
 

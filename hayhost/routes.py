@@ -66,6 +66,8 @@ class RouteTable:
         node = self._literal.get(path)
         if node is not None and method in node.methods:
             return Match(node.methods[method][0], [])
+        if path in RESERVED_PATHS:  # not a parameter's value either
+            return frozenset()
         allowed: set[str] = set()
         for node, values in _walk(self._root, path[1:].split("/"), 0, []):
             if method in node.methods:

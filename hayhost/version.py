@@ -34,7 +34,13 @@ class Version:
         self.hooks = frozenset(loaded.hooks)
         self.routes = RouteTable((route.method, route.path) for route in metadata.routes)
         named = {field.env for field in metadata.config_schema.values() if isinstance(field.env, str)}
-        self.env = {name: os.environ[name] for name in named if name in os.environ}
+        self.env: dict[str, str] = {}
+        for name in sorted(named & os.environ.keys()):
+            text = os.environ[name]
+            if text == text.encode(errors="replace").decode():
+                self.env[name] = text
+            else:  # bytes that are no UTF-8
+                self.warnings.append(f"environment variable {name} is not UTF-8 text and counts as unset")
         self.loaded_at = time.time()
         self.strict_reason = (
             f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"

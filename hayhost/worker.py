@@ -1,6 +1,7 @@
 """The front's handle on one worker process: its streams, hooks, pings and end."""
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -65,6 +66,7 @@ class Worker:
         self.cancelled: dict[int, float] = {}
         """Streams that nobody waits for but whose handlers still run, with the time since."""
         self.pinged: float | None = None
+        self._ping = 0
         self.hello: asyncio.Future[None] = loop.create_future()
         self.exit: asyncio.Future[str] = loop.create_future()
         self._ready: asyncio.Future[str] = loop.create_future()
@@ -75,6 +77,7 @@ class Worker:
         self._log = log
         self._gone = gone
         self._process: Process | None = None
+        self._cause = ""  # why the front ended it, if it did
         self._ids = 0
         self._ending = False
         self._stopping = False
@@ -86,7 +89,7 @@ class Worker:
         self._dumped: asyncio.Future[bytes] | None = None
         self._dumps_due = 0
         self._channel = Channel(
-            zygote.fork(become=zygote is not version.zygote),
+            zygote.fork(log, become=zygote is not version.zygote),
             wire.FromWorker,
             hello=self._hello,
             receive=self._receive,
@@ -120,7 +123,7 @@ class Worker:
 
     def _hello(self, pid: int, message: wire.Hello) -> None:
         try:
-            self._process = Process(pid, lambda: self._end(""))
+            self._process = Process(pid, self._exited)
         except OSError as error:
             self._end(f"it died at once ({error.strerror})")
             return
@@ -130,22 +133,27 @@ class Worker:
             self.hello.set_result(None)
 
     def start(self, installation: Installation, *, serve: bool, hook_timeout: float) -> None:
-        """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests."""
+        """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests.
+
+        Raises ``StartFailedError`` if that does not fit into a frame.
+        """
         encode = msgspec.json.encode
-        self._identified = True
         self._log.bind(org=installation.org_id)
-        self._channel.send(
-            wire.Start(
-                installation.org_id,
-                installation.org_name,
-                encode(installation.config),
-                encode(installation.auth),
-                encode(self.version.env),
-                serve,
-                hook_timeout,
-                installation.problem,
-            )
+        identity = wire.Start(
+            installation.org_id,
+            installation.org_name,
+            encode(installation.config),
+            encode(installation.auth),
+            encode(self.version.env),
+            serve,
+            hook_timeout,
+            installation.problem,
         )
+        try:
+            self._channel.send(identity)
+        except wire.ProtocolError as error:
+            raise StartFailedError(f"the org's settings are too large: {error}") from None
+        self._identified = True
 
     async def ready(self, timeout: float) -> str:
         """Wait until it is; the reason why it is degraded, or ``""``. Raises ``StartFailedError``."""
@@ -167,17 +175,22 @@ class Worker:
         self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
         self._ready.set_result(message.error)
 
+    def _exited(self) -> None:
+        self._channel.drain()  # answers that were sent before the end are answers
+        self._end("")
+
     def _end(self, reason: str) -> None:
         if self._ending:
             return
         self._ending = True
-        self._channel.drain()  # answers that were sent before the end are answers
-        self.exit.set_result(reason)
         self._channel.close()
         if self._process:
             self._process.kill()
             self._process.close()
-        reason = reason or self.how_it_ended() or "it died"
+        if reason.startswith("protocol error: "):
+            self._cause = self._cause or reason
+        reason = self._cause or reason or self.how_it_ended() or "it died"
+        self.exit.set_result(reason)
         stopping = self.lifecycle.state is WorkerState.DRAINING
         self.lifecycle.to(WorkerState.STOPPED if stopping else WorkerState.ERROR, reason)
         lost = StartFailedError(f"the worker died before it was ready: {reason}")
@@ -198,14 +211,17 @@ class Worker:
         self._gone(self, reason)
 
     def how_it_ended(self) -> str | None:
-        """What its zygote says of its end, if it has yet."""
+        """Why it was ended, or what its zygote says of its end, if it has yet."""
+        if self._cause:
+            return self._cause
         status = self.zygote.exits.get(self.pid)
         if status is None:
             return None
         return f"it exited with code {status}" if status >= 0 else f"it was killed by signal {-status}"
 
-    def kill(self) -> None:
-        """SIGKILL it; ``gone`` follows."""
+    def kill(self, why: str = "") -> None:
+        """SIGKILL it; ``gone`` follows, with ``why`` if that is given."""
+        self._cause = self._cause or why
         if self._process:
             self._process.kill()
         else:
@@ -351,12 +367,18 @@ class Worker:
     async def hook(self, name: str, config: dict[str, Any], auth: Any, timeout: float) -> wire.HookDone:
         """Run ``on_validate_auth``, ``on_config_update`` or ``on_enable``.
 
-        Raises ``WorkerLostError`` if the worker dies or does not answer within ``timeout`` and some slack.
+        Raises ``WorkerLostError`` if the worker dies or does not answer within ``timeout`` and some slack, and
+        ``RequestError`` with status 413 if ``config`` and ``auth`` do not fit into a frame.
         """
+        if self._ending:
+            raise WorkerLostError("the worker died before the hook")
         self._ids += 1
         id = self._ids
+        try:
+            self._channel.send(wire.Hook(id, name, msgspec.json.encode(config), msgspec.json.encode(auth)))
+        except wire.ProtocolError as error:
+            raise RequestError(f"The config and credentials are too large: {error}", status=413) from None
         done = self._hooks[id] = self._loop.create_future()
-        self._channel.send(wire.Hook(id, name, msgspec.json.encode(config), msgspec.json.encode(auth)))
         try:
             async with asyncio.timeout(timeout + SLACK):
                 result: wire.HookDone = await done
@@ -376,14 +398,16 @@ class Worker:
     def _on_mcp_servers(self, message: wire.McpServers) -> None:
         self.mcp_servers = message.local
 
-    def _on_pong(self, _message: wire.Pong) -> None:
-        self.pinged = None
+    def _on_pong(self, message: wire.Pong) -> None:
+        if message.id == self._ping:  # a number to be read first: nobody answers what it has not heard
+            self.pinged = None
 
     def ping(self, now: float) -> None:
         """Ask for a sign of life, unless an answer is still due."""
         if self.pinged is None:
             self.pinged = now
-            self._channel.send(wire.Ping(0))
+            self._ping = random.getrandbits(62)
+            self._channel.send(wire.Ping(self._ping))
 
     def _receive(self, message: Any) -> None:
         handle = self._handle.get(type(message))

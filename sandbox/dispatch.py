@@ -85,7 +85,7 @@ thread_jobs: contextvars.ContextVar[list["Future[Any]"] | None] = contextvars.Co
 class _Exchange:
     """One request: its body until it is complete, then the task that answers it."""
 
-    __slots__ = ("body", "credit", "jobs", "more_credit", "request", "task")
+    __slots__ = ("body", "credit", "jobs", "more_credit", "request", "task", "unwanted")
 
     def __init__(self, request: wire.Request) -> None:
         self.request = request
@@ -94,6 +94,7 @@ class _Exchange:
         self.jobs: list[Future[Any]] = []
         self.credit = wire.WINDOW
         self.more_credit: asyncio.Future[None] | None = None
+        self.unwanted = False
 
 
 class Dispatcher:
@@ -152,6 +153,7 @@ class Dispatcher:
         if exchange.task is None:
             self._end(message.id, wire.Abort(message.id))
         else:
+            exchange.unwanted = True
             exchange.task.cancel()
 
     def _begin(self, exchange: _Exchange) -> None:
@@ -206,7 +208,7 @@ class Dispatcher:
         except HTTPError as error:
             return error_answer(error.status, error.message)
         except BaseException as error:  # sys.exit() in a handler ends that request, not the worker
-            if isinstance(error, asyncio.CancelledError) and exchange.task and exchange.task.cancelling():
+            if isinstance(error, asyncio.CancelledError) and exchange.unwanted:
                 raise  # the client's cancellation; the author's own is an error like others
             self._failed(f"{message.method} {message.path} failed", error)
             return error_answer(500, "Internal server error")
@@ -256,7 +258,7 @@ class Dispatcher:
                         what = f"{exchange.request.method} {exchange.request.path} failed before its first item"
                         self._failed(what, error)
                         status, headers, body = error_answer(500, "Internal server error")
-                    return wire.ResponseHead(id, status, headers, body, True)  # type: ignore[arg-type]  # bytes: an error
+                    return await self._whole(exchange, status, headers, body)  # type: ignore[arg-type]  # bytes: an error
                 if not began:
                     began = True
                     kind = stream_type("" if item is END else item)
@@ -268,6 +270,7 @@ class Dispatcher:
                 if item is END:
                     return wire.Body(id, b"", True)
                 await self._send_body(exchange, data)
+                await asyncio.sleep(0)  # a generator may never wait for anything: the loop is not its own
         finally:
             await self._close(iterator)
 

@@ -101,10 +101,12 @@ def _preload() -> None:
 
 def main() -> NoReturn:
     """Entry point of the exec'd process: ``python -I -m sandbox.nursery FD``."""
-    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+    try:
+        [descriptor] = sys.argv[1:]
+        control = socket.socket(fileno=int(descriptor))
+    except (ValueError, OverflowError, OSError):
         sys.stderr.write(_BY_HAND.format(version=wire.VERSION))
         sys.exit(64)
-    control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.set_name("hay-nursery")

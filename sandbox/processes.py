@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from multiprocess import process as multiprocess_process
 from multiprocess.context import ForkProcess
 
-__all__ = ["descendants", "fork", "reap", "receive", "set_child_subreaper", "set_name", "wake_on_child"]
+__all__ = ["children", "descendants", "fork", "reap", "receive", "set_child_subreaper", "set_name", "wake_on_child"]
 
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
@@ -76,8 +76,7 @@ def reap() -> Iterator[tuple[int, int]]:
         yield pid, os.waitstatus_to_exitcode(status)
 
 
-def descendants() -> list[int]:
-    """The pids of all processes below this one, as /proc shows them now."""
+def _children_of_all() -> dict[int, list[int]]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -87,6 +86,17 @@ def descendants() -> list[int]:
             except OSError:
                 continue  # gone meanwhile
             children.setdefault(int(fields[1]), []).append(int(entry))
+    return children
+
+
+def children() -> list[int]:
+    """The pids of this process's own children, as /proc shows them now."""
+    return _children_of_all().get(os.getpid(), [])
+
+
+def descendants() -> list[int]:
+    """The pids of all processes below this one, as /proc shows them now."""
+    children = _children_of_all()
     found: list[int] = []
     front = [os.getpid()]
     while front:
@@ -97,10 +107,15 @@ def descendants() -> list[int]:
 
 
 def receive(sock: socket.socket, most: int, descriptors: list[int]) -> bytes:
-    """``recv`` that appends the descriptors that came along to ``descriptors``, in order. For trusted peers only."""
+    """``recv`` that appends the descriptors that came along to ``descriptors``, in order. For trusted peers only.
+
+    They are not inherited by a program that is executed: a worker's socket is its identity.
+    """
     try:
         data, received, _, _ = socket.recv_fds(sock, most, 8)
     except ConnectionResetError:  # the peer is gone and has left something of ours unread
         return b""
+    for descriptor in received:
+        os.set_inheritable(descriptor, False)  # recv_fds does not pass MSG_CMSG_CLOEXEC on
     descriptors += received
     return data

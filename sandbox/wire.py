@@ -108,8 +108,9 @@ class ChildExited(Message, tag=2):
 
 
 class Fork(Message, tag=3):
-    """Fork a worker; its socket comes along as a descriptor. With ``become`` the zygote itself turns into the worker:
-    that is how each worker of a plugin that must not be forked gets a process of its own."""
+    """Fork a worker; two descriptors come along: its socket and the pipe for its raw stdout and stderr. With ``become``
+    the zygote itself turns into the worker: that is how each worker of a plugin that must not be forked gets a process
+    of its own."""
 
     become: bool = False
 

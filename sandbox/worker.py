@@ -32,7 +32,7 @@ from hayhost.sdk import (
 )
 from hayhost.sdk._checks import check
 
-from . import confinement, wire
+from . import confinement, processes, wire
 from .capture import Capture
 from .dispatch import Caller, Dispatcher
 from .link import Link
@@ -48,10 +48,10 @@ _DUMP_ATTEMPTS: Final = 5
 _Then = Callable[[], Awaitable[None]] | None
 
 
-def run(plugin: LoadedPlugin, capture: Capture, descriptor: int) -> NoReturn:
-    """Be a worker on the socket ``descriptor``; the body of a forked process."""
+def run(plugin: LoadedPlugin, capture: Capture, descriptor: int, output: int) -> NoReturn:
+    """Be a worker on the socket ``descriptor``, with ``output`` for raw output; the body of a forked process."""
     stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
-    _detach()
+    _detach(output)
     confinement.after_fork({descriptor})
     stamps.append(("confined", time.monotonic_ns()))
     sock = socket.socket(fileno=descriptor)
@@ -74,11 +74,14 @@ def run(plugin: LoadedPlugin, capture: Capture, descriptor: int) -> NoReturn:
     os._exit(1)
 
 
-def _detach() -> None:
+def _detach(output: int) -> None:
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     try:
         os.setsid()  # a group of its own, so that what it starts can be ended with it
     except PermissionError:
         pass  # a zygote that turned into the worker leads a session already
+    processes.set_child_subreaper()  # what it starts stays below it, however it is started
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if "numpy.random" in sys.modules:  # the standard generators reseed themselves after a fork

@@ -26,6 +26,7 @@ from .spec import PluginSpec
 
 __all__ = ["run"]
 
+_SWEEP_AFTER: Final = 0.2
 _MAX_METADATA: Final = wire.MAX_FRAME - wire.CHUNK  # there are hooks and warnings in the same frame
 
 
@@ -42,6 +43,7 @@ def run(pickled: bytes, control: int, output: int) -> None:
     stamps = _Stamps()
     stamps("forked")
     _detach(output)
+    processes.set_child_subreaper()
     spec: PluginSpec = dill.loads(pickled)  # noqa: S301  # made by the front from the manifest: host -> child
     processes.set_name(f"hay:{spec.name}")
     sock = socket.socket(fileno=os.dup(control))
@@ -70,6 +72,8 @@ def _detach(output: int) -> None:
 class _Zygote:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._children: set[int] = set()
+        self._sweep_at: float | None = None
         self.capture = Capture(self.send)
 
     def send(self, message: wire.Message) -> None:
@@ -114,35 +118,57 @@ class _Zygote:
     def serve(self, plugin: LoadedPlugin) -> None:
         """Fork workers until the front closes the socket."""
         wake = processes.wake_on_child()
+        self._children = set(processes.children())  # what the plugin itself has started
         decoder: wire.Decoder[wire.ToZygote] = wire.Decoder(wire.ToZygote)
         descriptors: list[int] = []
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(wake, select.POLLIN)
         while True:
-            for descriptor, _ in poll.poll():
+            for descriptor, _ in poll.poll(None if self._sweep_at is None else _SWEEP_AFTER * 1000):
                 if descriptor == wake:
                     os.read(wake, 4096)
                     for pid, status in processes.reap():
+                        self._children.discard(pid)
+                        self._sweep_at = self._sweep_at or time.monotonic() + _SWEEP_AFTER
                         self.send(wire.ChildExited(pid, status))
                     continue
                 data = processes.receive(self._sock, 1 << 16, descriptors)
                 for message in decoder.feed(data):
-                    self._fork(plugin, message, descriptors.pop(0))
+                    worker_socket, output = descriptors[:2]
+                    del descriptors[:2]
+                    self._fork(plugin, message, worker_socket, output)
                 if not data:
                     return
+            if self._sweep_at is not None and time.monotonic() >= self._sweep_at:
+                self._sweep()
 
-    def _fork(self, plugin: LoadedPlugin, message: wire.Fork, worker_socket: int) -> None:
+    def _sweep(self) -> None:
+        """Kill what a dead worker has left behind, and what had got out of its process group to be spared.
+
+        A worker is the subreaper of its descendants, and this process the next one: they are found as children that it
+        has never forked. A while after the worker, as it means a look at every process of the machine.
+        """
+        self._sweep_at = None
+        for pid in processes.children():
+            if pid not in self._children:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    pass  # it has another user by now
+
+    def _fork(self, plugin: LoadedPlugin, message: wire.Fork, worker_socket: int, output: int) -> None:
         from .worker import run as run_worker
 
         if message.become:
-            run_worker(plugin, self.capture, worker_socket)
+            run_worker(plugin, self.capture, worker_socket, output)
         try:
-            processes.fork(run_worker, plugin, self.capture, worker_socket)
+            self._children.add(processes.fork(run_worker, plugin, self.capture, worker_socket, output))
         except OSError as error:
             with socket.socket(fileno=os.dup(worker_socket)) as sock:
                 sock.sendall(wire.encode(wire.Failed(f"cannot fork a worker: {error.strerror}")))
         os.close(worker_socket)
+        os.close(output)
 
 
 def _failure(error: BaseException, folder: str) -> wire.LoadFailed:

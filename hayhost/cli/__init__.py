@@ -114,7 +114,7 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
 
 
 @cli.command()
-@click.option("--plugin-path", required=True, type=click.Path(path_type=Path), help="The plugin's folder.")
+@click.option("--plugin-path", required=True, help="The plugin's folder.")
 @click.option("--org-id", required=True, help="The org to serve.")
 @click.option("--port", required=True, help="Port to listen on, on 127.0.0.1.")
 @click.option(
@@ -125,7 +125,7 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     help="In production the org is read from HAY_ORG_CONFIG and HAY_ORG_AUTH.",
 )
 @_settings("host", "port", "mode", "orgs", "max_workers", "spares", "idle_timeout", "reload", "poll", "debounce")
-def run(plugin_path: Path, org_id: str, port: str, mode: str, config: Path | None, **flags: Any) -> None:
+def run(plugin_path: str, org_id: str, port: str, mode: str, config: Path | None, **flags: Any) -> None:
     """Serve one plugin for one org, at the root: the worker that Hay Core starts.
 
     \b
@@ -222,17 +222,18 @@ def _open_standard_streams() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; every failure is one clear line and an exit code."""
     _open_standard_streams()
+    name = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
         code = cli.main(arguments, prog_name="hayhost", standalone_mode=False)
     except click.UsageError as error:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
-            command = error.ctx.command_path if error.ctx else "hayhost"
+            command = f"hayhost {name}" if name in cli.commands else "hayhost"
             message = " ".join(error.format_message().split()).rstrip(".")
             click.echo(f"{command}: {message}; see `{command} --help`", err=True)
         # Hay Core knows 1 for bad arguments
-        code = 1 if error.ctx and error.ctx.info_name == "run" else error.exit_code
+        code = 1 if name == "run" else error.exit_code
     except click.ClickException as error:
         error.show()
         code = 1

@@ -62,16 +62,18 @@ def installation_from_environment(org_id: str) -> Installation:
     return Installation(org_id, given.org.name or org_id, given.config or {}, auth, problem="; ".join(problems))
 
 
-def run(plugin_path: Path, org_id: str, settings: Settings) -> int:
+def run(plugin_path: str, org_id: str, settings: Settings) -> int:
     """Serve until a signal; the exit code. Raises ``HostError`` for bad arguments, manifests and plugins."""
     configure(settings.log_format, settings.log_level)
+    if not plugin_path:  # which is no other way to say "here"
+        raise SettingsError("--plugin-path: '' is not a folder")
     if not ORG_ID.fullmatch(org_id):
         raise SettingsError(f"--org-id: {org_id!r} is not an org id: letters, digits and _ . - only, at most 128")
     if settings.mode == "test":
         installation = Installation(org_id, f"Test Org {org_id}")
     else:
         installation = installation_from_environment(org_id)
-    return asyncio.run(_run(plugin_path, settings, SingleInstall(installation)))
+    return asyncio.run(_run(Path(plugin_path), settings, SingleInstall(installation)))
 
 
 async def _run(plugin_path: Path, settings: Settings, installs: SingleInstall) -> int:

@@ -19,7 +19,7 @@ Warn = Callable[[str], None]
 
 
 def parse_env(kind: ConfigFieldType, text: str) -> Any:
-    """Read an environment variable's text as a value of ``kind``. Raises ``ValueError`` if it is none."""
+    """Read an environment variable's text as a value of ``kind``. Raises ``ValueError`` or the like if it is none."""
     match kind:
         case "string":
             return text
@@ -100,7 +100,7 @@ class OrgConfig:
         if name is not None and name in self._env:
             try:
                 return parse_env(descriptor["type"], self._env[name])
-            except (ValueError, RecursionError):
+            except (ValueError, OverflowError, RecursionError):
                 # The text itself may be a secret: say which variable, never what is in it.
                 self._warn(f"environment variable {name} for config field {key!r} is not a valid {descriptor['type']}")
         return descriptor.get("default")
