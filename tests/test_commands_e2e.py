@@ -77,7 +77,8 @@ def test_help_mentions_what_matters(command: str, mentioned: list[str]) -> None:
 def test_every_setting_is_a_flag_of_serve_with_its_default() -> None:
     text = " ".join(run_hayhost("serve", "--help").out.partition("Options:")[2].split())
     for name, field in FIELDS.items():
-        [entry] = re.findall(rf"--{name.replace('_', '-')} .*?(?= --|  -h|$)", text)
+        flag = name.replace("_", "-")
+        [entry] = re.findall(rf"--{flag}(?: / --no-{flag})? .*?(?= --| -h|$)", text)
         assert field.metadata["help"] in entry
         assert ("[default: " in entry) is (field.default is not None)
 

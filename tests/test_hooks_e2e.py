@@ -469,7 +469,7 @@ def test_disabling_runs_on_disable_once_in_the_serving_worker(host: HostProcess,
     assert ran(host, kind, "disable") == ["on_start", "on_disable"]
     [record] = logged(host, event="on_disable", plugin=kind, org="disable")
     assert record["meta"] == {"pid": worker, "org_name": "disable"}
-    assert all_gone([worker])
+    assert wait_until(lambda: all_gone([worker]))
     for again in (host.get(f"/plugins/{kind}/disable/pid"), host.post(f"/plugins/{kind}/disable/disable")):
         assert (again.status, list(again.json())) == (404, ["error"])
     assert ran(host, kind, "disable") == ["on_start", "on_disable"]
@@ -482,7 +482,7 @@ def test_disabling_goes_on_whatever_the_hook_does(host: HostProcess, kind: str, 
     answer = host.post(f"/plugins/{kind}/{org}/disable")
     assert (answer.status, answer.json()) == (200, {"success": True})
     assert ran(host, kind, org) == ["on_start", "on_disable"]
-    assert all_gone([worker])
+    assert wait_until(lambda: all_gone([worker]))
     assert host.get(f"/plugins/{kind}/{org}/pid").status == 404
     if fault != "exit":
         [record] = logged(host, level="error", plugin=kind, org=org)
@@ -541,7 +541,7 @@ def test_the_host_stops_with_on_stop_for_each_worker_and_never_a_second_hook(ser
     pids = host.pids()
     host.process.send_signal(signal.SIGTERM)
     assert host.process.wait(LIMIT) == 0
-    assert all_gone(pids)
+    assert wait_until(lambda: all_gone(pids))
     for kind in KINDS:
         assert ran(host, kind, "plain") == ["on_start", "on_validate_auth", "on_stop"]
         assert ran(host, kind, "raise") == ["on_config_update", "on_start", "on_stop"]
