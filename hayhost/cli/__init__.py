@@ -42,9 +42,9 @@ def _settings(*without: str) -> Callable[[F], F]:
                 choices = [value for value in get_args(hint) if isinstance(value, str)]
                 kind = click.Choice(choices) if choices else _FILE
             default = "" if field.default is None else f"  [default: {_shown(field.default, field.metadata['size'])}]"
-            function = click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=text + default)(
-                function
-            )
+            option = f"--{name.replace('_', '-')}"
+            shown = None if kind is not str else "SIZE" if field.metadata["size"] else _METAVARS.get(hint)
+            function = click.option(option, name, type=kind, default=None, metavar=shown, help=text + default)(function)
         return click.option(
             "--config",
             type=_FILE,
