@@ -246,16 +246,16 @@ class Slot:
             "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=how or reason
         )
 
-    async def replace(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
-        """Start a new worker beside the serving one, swap, and let the old one finish.
+    async def replace(self, reason: str) -> bool:
+        """As ``replace_locked``, for whoever does not hold the lock."""
+        async with self.lock:
+            return await self.replace_locked(reason)
+
+    async def replace_locked(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
+        """Start a new worker beside the serving one, swap, and let the old one finish; the caller holds the lock.
 
         With ``carry`` the new one gets the old one's ``state``. If it does not start, the old one goes on: ``False``.
         """
-        async with self.lock:
-            return await self.replace_locked(reason, version, carry=carry)
-
-    async def replace_locked(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
-        """As ``replace``, for whoever holds the lock."""
         old = self.worker
         installation = self._pool.installs.find(self.plugin.name, self.org_id)
         if old is None or installation is None or self._closed:
@@ -387,7 +387,14 @@ class Pool:
             worker.kill()
         if room:
             await self._make_room()
-        return await self._fork(plugin, version)
+        serving = version or plugin.current
+        try:
+            return await self._fork(plugin, version)
+        except StartFailedError:
+            await asyncio.sleep(_WORD_AFTER)
+            if version is not None or serving is None or serving.alive:
+                raise
+        return await self._fork(plugin, None)  # its zygote had just died, and nobody knew yet
 
     async def _fork(self, plugin: Plugin, version: Version | None) -> Worker:
         self._coming += 1

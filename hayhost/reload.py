@@ -251,7 +251,7 @@ class _PluginTask:
         if plugin.settled.is_set():
             if not content.digest or (manifest == plugin.tried and content.digest == plugin.seen):
                 return  # it is being taken away, or was touched and not changed
-            if current and current.alive and (manifest, content.digest) == (current.manifest, current.digest):
+            if current and current.alive and current.is_of(manifest, content.digest):
                 plugin.error, plugin.traceback, plugin.tried, plugin.seen = "", "", manifest, content.digest
                 get_logger().info("the plugin is again what is served", plugin=plugin.name)
                 return
@@ -260,7 +260,9 @@ class _PluginTask:
             return
         try:
             async with plugin.exchanging:
-                await _exchange(self._pool, plugin, version, "reload", started)
+                if plugin.current and plugin.current.alive and plugin.current.is_of(manifest, version.digest):
+                    return  # a lost zygote was started anew, from the same content
+                await _exchange(self._pool, plugin, version, "reload" if plugin.current else "load", started)
         finally:
             if version not in (plugin.current, plugin.previous):
                 version.close()
@@ -280,7 +282,7 @@ class _PluginTask:
             plugin.tried = None
             return None
         except HostError as error:
-            plugin.failed("reload", error, started)
+            plugin.failed("reload" if plugin.current else "load", error, started)
             traceback = error.traceback if isinstance(error, PluginLoadError) else ""
             extra = {"traceback": traceback} if traceback else {}
             served = "the version before is served on" if plugin.current else "there is no version to serve"
@@ -342,7 +344,7 @@ async def _exchange(pool: Pool, plugin: Plugin, version: Version, action: str, s
     loaded = time.monotonic()
     plugin.serve(version, action, started, changes)
     workers = await pool.update(plugin) + (tried is not None)
-    done = {"reload": "reloaded" if old else "plugin loaded", "rollback": "rolled back"}[action]
+    done = {"load": "plugin loaded", "reload": "reloaded", "rollback": "rolled back"}[action]
     get_logger().info(
         done,
         plugin=plugin.name,

@@ -59,6 +59,10 @@ class Version:
         """Whether workers can be forked from it."""
         return self.zygote.alive
 
+    def is_of(self, manifest: Manifest, digest: str) -> bool:
+        """Whether it was loaded from just this."""
+        return (self.manifest, self.digest) == (manifest, digest)
+
     def close(self) -> None:
         """Let its zygote exit; its workers live on. Closing twice is safe."""
         self.zygote.close()

@@ -23,6 +23,8 @@ __all__ = ["Stream", "Worker"]
 # Besides the hooks it runs: a loaded machine's scheduling.
 SLACK: Final = 5.0
 _DUMP_TIMEOUT: Final = 2.0
+# Requests that are nearly done may still change the state: it is asked for when they are, or after this many seconds.
+_PAUSE: Final = 0.1
 
 
 class Stream(Protocol):
@@ -240,13 +242,7 @@ class Worker:
         self._stopping = True
         if self.lifecycle.state is not WorkerState.DRAINING:
             self.lifecycle.to(WorkerState.DRAINING, hook)
-        if self.streams:
-            self._quiet.clear()
-            try:
-                async with asyncio.timeout(drain):
-                    await self._quiet.wait()
-            except TimeoutError:
-                pass
+        await self._wait_until_quiet(drain)
         for id in list(self.streams):
             stream = self.streams[id]
             self.cancel(id)
@@ -257,6 +253,15 @@ class Worker:
             self.kill()
             await asyncio.wait({self.exit}, timeout=SLACK)
             self._end("it did not stop")  # a process in an uninterruptible state is given up
+
+    async def _wait_until_quiet(self, seconds: float) -> None:
+        if self.streams:
+            self._quiet.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._quiet.wait()
+            except TimeoutError:
+                pass
 
     def phases(self) -> dict[str, float]:
         """Milliseconds that each phase of its start took; a spare's ``identity`` includes the wait for an org."""
@@ -332,6 +337,9 @@ class Worker:
         Empty if it is empty, cannot be had soon, or is larger than a state may be; the log says so.
         """
         if self.exit.done() or self._dumped is not None:
+            return b""
+        await self._wait_until_quiet(_PAUSE)
+        if self.exit.done():
             return b""
         self._dumped, self._state = self._loop.create_future(), bytearray()
         self._dumps_due += 1

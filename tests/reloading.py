@@ -1,6 +1,7 @@
 """A host whose plugins are edited while it runs."""
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -54,10 +55,16 @@ class Lab:
         self.plugins, self.outside = folder / "plugins", folder / "outside"
         for made in (self.plugins, self.outside):
             made.mkdir(exist_ok=True)
-        arguments: list[object] = [command, self.plugins, "--port", "0", "--log-format", "json"]
+        how = ["--mode", "test", "--log-format", "json"] if command == "serve" else []
+        arguments = [command, self.plugins, "--port", 0, *how, *options]
+        self.host = HostProcess([str(argument) for argument in arguments])
         if command == "serve":
-            arguments += ["--mode", "test"]
-        self.host = HostProcess([str(argument) for argument in (*arguments, *options)]).wait_ready()
+            self.host.wait_ready()
+        else:
+            self.host.wait_for_log(" ready plugins=")
+            found = re.search(r" listening url=http://[^ ]*:(\d+) ", self.host.log)
+            assert found
+            self.host.port = int(found[1])
 
     # ---- editing
 
@@ -98,6 +105,13 @@ class Lab:
 
     def get(self, name: str, path: str = "v", org: str = "acme", **options: Any) -> Answer:
         return self.host.get(f"/plugins/{name}/{org}/{path}", **options)
+
+    def value(self, name: str, path: str, org: str = "acme") -> Any:
+        """The one value in the list that ``GET /path`` answers."""
+        answer = self.get(name, path, org)
+        assert answer.status == 200, answer
+        (value,) = answer.json()
+        return value
 
     def version(self, name: str, org: str = "acme") -> Any:
         """What ``GET /v`` of the plugin says its version is."""
