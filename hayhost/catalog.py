@@ -127,13 +127,17 @@ class Plugin:
 
     async def spawn(self) -> Zygote:
         """A zygote that has loaded the plugin. Raises ``PluginLoadError`` or ``HostError``."""
-        zygote = await self._nursery.spawn(self._spec, self.log)
-        try:
-            loaded = await zygote.loaded
-            metadata = read_metadata(loaded.metadata, self.manifest)
-        except BaseException:
-            zygote.kill()
-            raise
+        while True:
+            zygote = await self._nursery.spawn(self._spec, self.log)
+            try:
+                loaded = await zygote.loaded
+                metadata = read_metadata(loaded.metadata, self.manifest)
+            except BaseException:
+                zygote.kill()
+                raise
+            if zygote.nursery == self._nursery.pid:
+                break
+            zygote.kill()  # its nursery has died meanwhile: nobody would end it with the host
         self.metadata = metadata
         self.warnings = [*self.manifest.warnings, *loaded.warnings]
         self.hooks = frozenset(loaded.hooks)
@@ -150,8 +154,6 @@ class Plugin:
             self.strict_reason = (
                 f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"
             )
-        else:
-            self.strict_reason = ""
         return zygote
 
     def _adopt(self, zygote: Zygote) -> None:
