@@ -17,7 +17,7 @@ from .responses import BadRequestError, BadResponseError, body_length, plugin_he
 
 if TYPE_CHECKING:
     from .front import Front
-    from .pool import Slot
+    from .slot import Slot
     from .version import Version
     from .worker import Worker
 

@@ -11,7 +11,8 @@ from sandbox import wire
 from .errors import RequestError
 from .installs import Auth, Installation
 from .logs import get_logger
-from .pool import Pool, Slot
+from .pool import Pool
+from .slot import Slot
 from .worker import Worker
 
 __all__ = ["disable", "update_config", "validate_auth"]

@@ -173,8 +173,7 @@ class Nursery:
         ours, theirs = socket_pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         output = _Output(reader, log)
-        zygote = Zygote(spec, ours, output, log)
-        zygote.nursery = self.pid
+        zygote = Zygote(spec, ours, output, log, self.pid)
         self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec)), [theirs.detach(), writer])
         return zygote
 
@@ -195,10 +194,10 @@ class Nursery:
 class Zygote:
     """A plugin zygote: loads its plugin once, then forks workers."""
 
-    def __init__(self, spec: PluginSpec, sock: socket.socket, output: _Output, log: PluginLog) -> None:
+    def __init__(self, spec: PluginSpec, sock: socket.socket, output: _Output, log: PluginLog, nursery: int) -> None:
         self.spec = spec
-        self.nursery = 0
-        """The process id of the nursery that looks after it."""
+        self.nursery = nursery
+        """The pid of the nursery that forked it."""
         self.started = time.monotonic_ns()
         self.loaded: asyncio.Future[wire.Loaded] = asyncio.get_running_loop().create_future()
         self.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())

@@ -68,7 +68,7 @@ class Worker:
         self.cancelled: dict[int, float] = {}
         """Streams that nobody waits for but whose handlers still run, with the time since."""
         self.pinged: float | None = None
-        self._ping = 0
+        self._ping = -1
         self.hello: asyncio.Future[None] = loop.create_future()
         self.exit: asyncio.Future[str] = loop.create_future()
         self._ready: asyncio.Future[str] = loop.create_future()
@@ -316,6 +316,9 @@ class Worker:
         stream = self.streams.get(message.id)
         if message.end or (stream is None and message.id not in self.cancelled):
             self._finish(message.id)
+        elif not message.data:
+            self._end("protocol error: a piece of an answer with nothing in it")
+            return
         if stream is not None:
             stream.body(message)
 
@@ -328,6 +331,8 @@ class Worker:
     def _on_window(self, message: wire.Window) -> None:
         if (stream := self.streams.get(message.id)) is not None:
             stream.credit(message.size)
+        elif message.id not in self.cancelled:
+            self._end(f"protocol error: room on stream {message.id}, which is not open")
 
     # ---- state
 
@@ -407,15 +412,17 @@ class Worker:
         self.mcp_servers = message.local
 
     def _on_pong(self, message: wire.Pong) -> None:
-        if message.id == self._ping:  # a number to be read first: nobody answers what it has not heard
-            self.pinged = None
+        if message.id != self._ping:  # a number to be read first: nobody answers what it has not heard
+            self._end("protocol error: the answer to a ping that there was not")
+        self.pinged, self._ping = None, -1
 
     def ping(self, now: float) -> None:
         """Ask for a sign of life, unless an answer is still due."""
         if self.pinged is None:
             self.pinged = now
-            self._ping = random.getrandbits(62)
-            self._channel.send(wire.Ping(self._ping))
+            if self._ping < 0:
+                self._ping = random.getrandbits(62)
+                self._channel.send(wire.Ping(self._ping))
 
     def _receive(self, message: Any) -> None:
         handle = self._handle.get(type(message))

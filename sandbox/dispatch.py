@@ -85,7 +85,7 @@ thread_jobs: contextvars.ContextVar[list["Future[Any]"] | None] = contextvars.Co
 class _Exchange:
     """One request: its body until it is complete, then the task that answers it."""
 
-    __slots__ = ("body", "credit", "jobs", "more_credit", "request", "task", "unwanted")
+    __slots__ = ("begun", "body", "credit", "jobs", "more_credit", "request", "task", "unwanted")
 
     def __init__(self, request: wire.Request) -> None:
         self.request = request
@@ -94,6 +94,7 @@ class _Exchange:
         self.jobs: list[Future[Any]] = []
         self.credit = wire.WINDOW
         self.more_credit: asyncio.Future[None] | None = None
+        self.begun = False
         self.unwanted = False
 
 
@@ -150,11 +151,11 @@ class Dispatcher:
         exchange = self._exchanges.get(message.id)
         if exchange is None:
             return
-        if exchange.task is None:
-            self._end(message.id, wire.Abort(message.id))
-        else:
-            exchange.unwanted = True
+        exchange.unwanted = True
+        if exchange.task is not None:
             exchange.task.cancel()
+        if not exchange.begun:  # nor will it ever: a task that is cancelled before its first step does not make it
+            self._end(message.id, wire.Abort(message.id))
 
     def _begin(self, exchange: _Exchange) -> None:
         context = contextvars.copy_context()
@@ -164,6 +165,7 @@ class Dispatcher:
 
     async def _answer(self, exchange: _Exchange) -> None:
         id = exchange.request.id
+        exchange.begun = True
         final: wire.Message
         try:
             answer = await self._produce(exchange)

@@ -562,6 +562,10 @@ NEVER_OPENED = 77
         [wire.Body(NEVER_OPENED, b"x", False)],
         [wire.Body(NEVER_OPENED, b"x", True)],
         [wire.Abort(NEVER_OPENED)],
+        [wire.Window(NEVER_OPENED, 1)],
+        [wire.Pong(0)],
+        [head(1), wire.Body(1, b"", False)],
+        [head(1, end=True), wire.Window(1, 1)],
         [head(0, end=True)],
         [head(1, end=True), head(1, end=True)],
         [head(1, end=True), wire.Body(1, b"", True)],
@@ -648,10 +652,8 @@ async def test_what_nobody_asked_for_changes_nothing() -> None:
     async with rig() as one:
         id, asker = one.ask()
         one.peer.say(
-            wire.Pong(5),
             wire.HookDone(NEVER_OPENED, True, "", 0, 0),
             wire.HookDone(0, True, "", 0, 0),
-            wire.Window(NEVER_OPENED, 1),
             wire.McpServers(["a"]),
             wire.Log("error", "\x1b[31m\nforged", b"\xff not json", "x" * 4096, 2**62),
             wire.Log("info", "deep", b"[" * 20_000, "", 0),

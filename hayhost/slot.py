@@ -1,0 +1,318 @@
+"""One org's plugin: its worker if there is one, the requests that wait for it, and how its starts went."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from .catalog import Plugin
+from .errors import QueueFullError, RequestError, StartFailedError, UnavailableError
+from .installs import Installation
+from .logs import get_logger
+from .states import WorkerState
+from .supervisor import Backoff, Breaker
+from .version import Version
+from .worker import SLACK, Worker
+
+if TYPE_CHECKING:
+    from .pool import Pool
+
+__all__ = ["ZYGOTE_REPORTS", "Slot", "Waiter"]
+
+ZYGOTE_REPORTS: Final = 0.05
+"""Seconds after which a zygote has reported how its worker ended, which the worker's socket tells at once."""
+
+# Requests wait this long at most while an org's state moves from one worker to the next.
+_LONGEST_HOLD: Final = 1.0
+
+
+class Waiter(Protocol):
+    """A request that needs a worker."""
+
+    def begin(self, worker: Worker) -> None:
+        """The worker is ready for it."""
+
+    def failed(self, error: RequestError) -> None:
+        """It will not get one."""
+
+
+class Slot:
+    """One org's plugin: its worker if there is one, the requests that wait for it, and how its starts went."""
+
+    def __init__(self, pool: "Pool", plugin: Plugin, org_id: str) -> None:
+        self.plugin = plugin
+        self.org_id = org_id
+        self.worker: Worker | None = None
+        self.lock = asyncio.Lock()
+        """Held by whoever changes the org's settings or its worker on purpose."""
+        self.backoff = Backoff()
+        self.breaker = Breaker()
+        self.last_error = ""
+        self.restarts = 0
+        self.trial_error = ""
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        self._pool = pool
+        self._starting: asyncio.Task[None] | None = None
+        self._closed = ""  # why nothing is started any more
+        self._backing_off = False
+        self._down = False  # crashed, and not started again yet
+        self._held = False  # requests wait although there is a worker: its state is on the way to the next one
+
+    @property
+    def state(self) -> WorkerState:
+        """What the org's plugin is doing now."""
+        if self.worker is not None:
+            return self.worker.lifecycle.state
+        if self._starting is not None and not self._starting.done():
+            return WorkerState.STARTING
+        return WorkerState.ERROR if self.breaker.reason or self._down else WorkerState.STOPPED
+
+    def submit(self, waiter: Waiter) -> None:
+        """Give ``waiter`` the worker, now or when there is one, or tell it why not."""
+        if self._closed:
+            waiter.failed(UnavailableError(self._closed))
+            return
+        worker = self.worker
+        pool = self._pool
+        if worker is not None and worker.lifecycle.state.serving and not self.queue:
+            if not self._held and len(worker.streams) < pool.settings.max_requests:
+                waiter.begin(worker)
+                return
+        elif worker is None:
+            wait = self.breaker.refuses_for(pool.loop.time())
+            if wait > 0:
+                waiter.failed(UnavailableError(f"The worker does not start: {self.breaker.reason}", wait))
+                return
+        if len(self.queue) >= pool.settings.max_queue:
+            waiter.failed(QueueFullError("Too many requests wait for this worker"))
+            return
+        self.queue[waiter] = None
+        if worker is None:
+            self.ensure_starting()
+
+    def current(self) -> "Slot":
+        """The slot of this org now: an idle one is dropped, also while a request that was routed to it is read."""
+        return self._pool.slot(self.plugin, self.org_id)
+
+    def forget(self, waiter: Waiter) -> None:
+        """A waiting request's client has left, or its time is up."""
+        self.queue.pop(waiter, None)
+
+    def ensure_starting(self) -> None:
+        """Start a worker unless that is under way."""
+        if not self._closed and (self._starting is None or self._starting.done()):
+            self._starting = self._pool.spawn(self._start())
+
+    def forgive(self) -> None:
+        """Forget how starts and workers of another version failed."""
+        self.breaker.succeeded()
+        self.backoff = Backoff()
+        self.last_error = ""
+        if self._backing_off and self._starting is not None:
+            self._starting.cancel()
+            self._starting = self._pool.spawn(self._start())
+
+    async def _start(self) -> None:
+        if (delay := self.backoff.remaining(self._pool.loop.time())) > 0:
+            self._backing_off = True
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self._backing_off = False
+        async with self.lock:
+            if self.worker is not None:
+                return
+            installation = self._pool.installs.find(self.plugin.name, self.org_id)
+            if installation is None or not installation.enabled:
+                self._fail_queue(RequestError("This plugin is not installed for this organisation", status=404))
+                return
+            while True:
+                try:
+                    worker = await self.launch(installation)
+                except RequestError as error:
+                    self._fail_queue(error)
+                    return
+                if worker.version is self.plugin.current or self._closed:
+                    break
+                # Another version took over meanwhile, and who waits may have come after that.
+                self._pool.spawn(self._pool.retire(worker))
+            self.adopt(worker)
+
+    async def launch(
+        self,
+        installation: Installation,
+        *,
+        serve: bool = True,
+        version: Version | None = None,
+        carry: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> Worker:
+        """A new worker of this org, ready: of ``version``, else of the one that serves.
+
+        ``carry()`` is asked for the state of the worker that it replaces once the new process is there. Raises
+        ``StartFailedError`` and the like, which are counted if it serves.
+        """
+        pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
+        worker: Worker | None = None
+        replacing = serve and self.worker is not None
+        try:
+            worker = await pool.take(self.plugin, version, room=not replacing)
+            if carry is not None:
+                worker.send_state(await carry())
+            worker.start(installation, serve=serve, hook_timeout=hook_timeout)
+            degraded = await worker.ready(hook_timeout + SLACK)
+            if worker.exit.done():
+                raise StartFailedError(f"the worker died as soon as it was ready: {worker.exit.result()}")
+        except asyncio.CancelledError:
+            if worker is not None:
+                worker.kill()
+            raise
+        except Exception as problem:  # whatever it was, who waits is told
+            if worker is not None:
+                worker.kill()
+            error = problem if isinstance(problem, UnavailableError) else StartFailedError(str(problem))
+            if serve:
+                self.breaker.failed(pool.loop.time(), error.message)
+                self.last_error = error.message
+                get_logger().error(
+                    "a worker did not start", plugin=self.plugin.name, org=self.org_id, reason=error.message
+                )
+            raise error from None
+        get_logger().debug(
+            "worker ready", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, serve=serve, ms=worker.phases()
+        )
+        if serve:
+            self.breaker.succeeded()
+            if degraded:
+                self.last_error = degraded
+        return worker
+
+    def adopt(self, worker: Worker) -> None:
+        """Let ``worker`` serve from now on; requests that wait go to it."""
+        if self._closed:
+            self._pool.spawn(self._pool.retire(worker))
+            return
+        self.worker, self._down = worker, False
+        self._pool.serving(worker, self)
+        worker.released = lambda: self._released(worker)
+        self.pump()
+        self._pool.touch(worker)
+
+    def _released(self, worker: Worker) -> None:
+        self._pool.touch(worker)
+        if self.queue:
+            self.pump()
+
+    def pump(self) -> None:
+        """Give waiting requests to the worker, as many as it may have."""
+        while self.queue and not self._held and self.worker is not None and self.worker.lifecycle.state.serving:
+            if len(self.worker.streams) >= self._pool.settings.max_requests:
+                return
+            self.queue.popitem(last=False)[0].begin(self.worker)
+
+    def _fail_queue(self, error: RequestError) -> None:
+        queue, self.queue = self.queue, OrderedDict()
+        for waiter in queue:
+            waiter.failed(error)
+
+    def release(self) -> Worker | None:
+        """Take the worker out of service; the caller stops it."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            self._pool.lru.pop(worker, None)
+        return worker
+
+    def crashed(self, worker: Worker, reason: str) -> None:
+        """``worker`` ended without being told to."""
+        if worker is not self.worker:
+            return
+        self.worker, self._down = None, True
+        self.last_error = told = f"the worker died while it served: {reason}"
+        self.backoff.crashed(self._pool.loop.time())
+        self.restarts += 1
+        self._pool.loop.call_later(ZYGOTE_REPORTS, self._explain, worker, told, reason)
+        self.ensure_starting()
+
+    def _explain(self, worker: Worker, told: str, reason: str) -> None:
+        """Log a crash once its zygote has had the time to say how it ended."""
+        if (how := worker.how_it_ended()) is not None and self.last_error == told:
+            self.last_error = f"the worker died while it served: {how}"
+        get_logger().error(
+            "a worker died", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, reason=how or reason
+        )
+
+    async def replace(self, reason: str) -> bool:
+        """As ``replace_locked``, for whoever does not hold the lock."""
+        async with self.lock:
+            return await self.replace_locked(reason)
+
+    async def replace_locked(self, reason: str, version: Version | None = None, *, carry: bool = False) -> bool:
+        """Start a new worker beside the serving one, swap, and let the old one finish; the caller holds the lock.
+
+        With ``carry`` the new one gets the old one's ``state``. If it does not start, the old one goes on: ``False``.
+        """
+        old = self.worker
+        installation = self._pool.installs.find(self.plugin.name, self.org_id)
+        if old is None or installation is None or self._closed:
+            return True
+        serving = old
+        release: asyncio.TimerHandle | None = None
+
+        async def state() -> bytes:
+            nonlocal release
+            # What requests would change from here on would be lost, so they wait; but not for a slow on_start.
+            self._held = True
+            release = self._pool.loop.call_later(_LONGEST_HOLD, self._let_go)
+            dumped = await serving.dump_state()
+            if not dumped:
+                self._let_go()
+            return dumped
+
+        worker: Worker | None = None
+        try:
+            worker = await self.launch(installation, version=version, carry=state if carry else None)
+        except RequestError as error:
+            get_logger().error(
+                "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
+            )
+            return False
+        finally:
+            if release is not None:
+                release.cancel()
+            if worker is None:
+                self._let_go()
+        self._held = False
+        old = self.release() or old
+        self.adopt(worker)
+        get_logger().debug("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
+        self._pool.spawn(self._pool.retire(old))
+        return True
+
+    async def update(self) -> None:
+        """Have the worker, if there is one, replaced by one of the version that serves."""
+        async with self.lock:
+            if self.worker is not None and self.worker.version is not self.plugin.current:
+                await self.replace_locked("another version serves", carry=True)
+
+    async def try_version(self, version: Version) -> bool:
+        """Replace the worker by one of ``version``; if that does not start, ``trial_error`` says why."""
+        self.trial_error = ""
+        before = self.last_error
+        async with self.lock:
+            if self.worker is None:
+                return True
+            if await self.replace_locked("another version is tried", version, carry=True):
+                return True
+            self.trial_error, self.last_error = self.last_error, before
+            self.breaker.succeeded()  # the version that serves did not fail
+            return False
+
+    def _let_go(self) -> None:
+        self._held = False
+        self.pump()
+
+    def close(self, reason: str) -> None:
+        """Fail what waits, and start nothing any more."""
+        self._closed = reason
+        if self._starting is not None:
+            self._starting.cancel()
+        self._fail_queue(UnavailableError(reason))
