@@ -271,7 +271,10 @@ class Plugin:
         if self.previous is not None:
             self.previous.close()
             self.previous = None
-        if old is None or not old.alive:
+        if old is None:
+            return
+        if not old.alive:  # it is being started anew already, from the new nursery
+            await self._respawn()
             return
         try:
             version = await self.load_version(self.manifest, (await self.content()).digest)

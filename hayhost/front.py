@@ -240,7 +240,8 @@ class Front(HTTPServerConnectionDelegate):
         worker = slot.worker if slot else None
         state = slot.state if slot else WorkerState.STOPPED
         version = worker.version if worker else plugin.current
-        error = (slot.last_error if slot else "") or plugin.error or place.installation.problem
+        degraded = worker.lifecycle.why if worker is not None and state is WorkerState.DEGRADED else ""
+        error = degraded or (slot.last_error if slot else "") or plugin.error or place.installation.problem
         if version is None:
             state, error = WorkerState.ERROR, plugin.error
         servers = worker.mcp_servers if worker else []

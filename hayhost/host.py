@@ -73,6 +73,7 @@ class Host:
         """What is to be stopped before the rest."""
         self._server: HTTPServer | None = None
         self._stopping = asyncio.Event()
+        self._renewals: set[asyncio.Task[None]] = set()
         self._handles_signals = False
 
     async def __aenter__(self) -> "Host":
@@ -117,13 +118,15 @@ class Host:
         self.pool.spawn(self.pool.update(plugin))
 
     def _nursery_lost(self) -> None:
-        self.pool.spawn(self._renew())
+        for plugin in self.plugins.values():  # side by side: one that does not load any more holds up no other
+            renewal = self.pool.spawn(self._renew(plugin))
+            self._renewals.add(renewal)
+            renewal.add_done_callback(self._renewals.discard)
 
-    async def _renew(self) -> None:
-        """New zygotes from a new nursery, then new workers from those: the old ones would outlive a killed host."""
-        for plugin in list(self.plugins.values()):
-            await plugin.renew()
-            await self.pool.update(plugin)
+    async def _renew(self, plugin: Plugin) -> None:
+        """A new zygote from a new nursery, then new workers from that: the old ones would outlive a killed host."""
+        await plugin.renew()
+        await self.pool.update(plugin)
 
     def handle_signals(self, stopping: Callable[[], None] = lambda: None) -> None:
         """Stop on SIGTERM or SIGINT; a second signal while stopping is only warned about."""
@@ -174,6 +177,8 @@ class Host:
                     await self.front.nothing_open.wait()
             except TimeoutError:
                 get_logger().warning("requests are broken off", requests=len(self.front.open))
+        for renewal in self._renewals:
+            renewal.cancel()
         await self.pool.close(self.stop_hook)
         if self.front is not None:
             self.front.close()

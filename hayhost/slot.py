@@ -159,7 +159,7 @@ class Slot:
             if carry is not None:
                 worker.send_state(await carry())
             worker.start(installation, serve=serve, hook_timeout=hook_timeout)
-            degraded = await worker.ready(hook_timeout + SLACK)
+            await worker.ready(hook_timeout + SLACK)
             if worker.exit.done():
                 raise StartFailedError(f"the worker died as soon as it was ready: {worker.exit.result()}")
         except asyncio.CancelledError:
@@ -182,8 +182,6 @@ class Slot:
         )
         if serve:
             self.breaker.succeeded()
-            if degraded:
-                self.last_error = degraded
         return worker
 
     def adopt(self, worker: Worker) -> None:
