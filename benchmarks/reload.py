@@ -158,8 +158,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for name, phase in taken["phases"].items():
         right.bar(0, phase["p50"], bottom=bottom, label=f"{name}: {phase['p50']:g} ms")
         bottom += phase["p50"]
-    right.set(xticks=[], ylabel="ms", title="Phases (medians)", xlim=(-0.6, 2.6))
-    right.legend(loc="upper right")
+    right.set(xticks=[], ylabel="ms", title="Phases (medians)", xlim=(-0.6, 4.5), ylim=(0, bottom * 1.1))
+    right.legend(loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(file)
 
