@@ -130,7 +130,7 @@ async def cancels_everybody(req):
 
 @attack
 def noise(req):
-    for number in range(20_000):
+    for number in range(3_000):
         print("noise", number)
         logging.error("noise %d", number)
         req.ctx.logger.info("noise", {"number": number})

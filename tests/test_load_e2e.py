@@ -483,8 +483,6 @@ def test_deaths_under_load_are_only_502_or_503_and_leave_nothing_behind(
         everyone = host.pids()
     assert load.troubles == []
     assert set(load.seen) <= {200, 502, 503}
-    if victims == "zygotes":
-        assert load.broken_off == load.seen[502] == 0  # what serves is not concerned
     for plugin, number in itertools.product("pq", range(5)):
         wait_until(lambda: host.get(f"/plugins/{plugin}/org{number}/pid").status == 200, "all recover")  # noqa: B023
     assert host.stop() == 0
