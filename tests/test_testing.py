@@ -435,11 +435,11 @@ def test_missing_manifests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["async def on_start(self, ctx): await asyncio.sleep(60)", "def on_start(self, ctx): time.sleep(0.3)"]
+    "body", ["async def on_start(self, ctx): await asyncio.sleep(60)", "def on_start(self, ctx): time.sleep(3)"]
 )
 def test_time_limit(make: Make, body: str) -> None:
     with (
-        PluginHarness(make(body), timeout=0.05) as plugin,
+        PluginHarness(make(body), timeout=0.5) as plugin,
         pytest.raises(TimeoutError, match="on_start did not finish"),
     ):
         plugin.start()
