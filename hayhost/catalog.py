@@ -12,6 +12,7 @@ import msgspec
 
 from .digest import Content, Digests
 from .errors import HostError, ManifestError, PluginLoadError, SettingsError, UnavailableError
+from .isolation import Isolation
 from .logs import PluginLog, get_logger
 from .manifest import Manifest, is_plugin_folder, read_manifest
 from .processes import Nursery
@@ -87,7 +88,15 @@ def find_plugins(directory: Path, served: Mapping[str, Path] | None = None) -> t
 class Plugin:
     """One plugin of the host: the version that serves, the one before it, and how its loads went."""
 
-    def __init__(self, manifest: Manifest, nursery: Nursery, *, hook_timeout: float, instrument: bool = False) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        nursery: Nursery,
+        isolation: Isolation,
+        *,
+        hook_timeout: float,
+        instrument: bool = False,
+    ) -> None:
         self.name = manifest.name
         """Its id in URLs."""
         self.manifest = manifest
@@ -114,6 +123,7 @@ class Plugin:
         self.closed = False
         self.log = PluginLog(plugin=manifest.name)
         self._nursery = nursery
+        self._isolation = isolation
         self._hook_timeout = hook_timeout
         self._instrument = instrument
         self._digests = Digests()
@@ -148,7 +158,8 @@ class Plugin:
     async def load_version(self, manifest: Manifest, digest: str) -> Version:
         """A version of its own of the content that is in the folder now. Raises as ``hayhost.version.load_version``."""
         self.tried, self.seen = manifest, digest
-        spec = spec_of(manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
+        plan = self._isolation.plan(manifest)
+        spec = spec_of(manifest, plan, hook_timeout=self._hook_timeout, instrument=self._instrument)
         return await load_version(self._nursery, manifest, digest, spec, self.log)
 
     def failed(self, action: str, error: HostError, started: float) -> None:
@@ -254,8 +265,9 @@ class Plugin:
         """
         if (await self.content(version.manifest)).digest != version.digest:
             raise UnavailableError(f"The files of the plugin {self.name} have changed since it was loaded", 5)
-        spec = spec_of(version.manifest, hook_timeout=self._hook_timeout, instrument=self._instrument)
-        return await load_version(self._nursery, version.manifest, version.digest, spec, self.log)
+        return await load_version(
+            self._nursery, version.manifest, version.digest, version.zygote.spec, self.log, worker=True
+        )
 
     @property
     def reason(self) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerConnectionDelegate
 
-from sandbox import confinement, wire
+from sandbox import wire
 
 from . import lifecycle
 from .errors import RequestError, UnavailableError
@@ -256,7 +256,7 @@ class Front(HTTPServerConnectionDelegate):
             "version": (version.manifest if version else plugin.manifest).version,
             "mcpServers": {"count": len(servers), "servers": servers},
             "memory": _memory(worker.pid if worker else 0),
-            "isolation": confinement.level(),
+            "isolation": version.level.label if version else self._pool.isolation.level.label,
             "sharing": "strict" if version and version.strict else "fork",
             "lastError": error or None,
         }

@@ -16,6 +16,7 @@ from .catalog import Plugin, load_all
 from .errors import HostError
 from .front import Front
 from .installs import Installs
+from .isolation import Isolation
 from .layout import Layout
 from .logs import get_logger
 from .manifest import Manifest
@@ -65,7 +66,8 @@ class Host:
         self.installs = installs
         self.nursery = Nursery(self._nursery_lost)
         self.plugins: dict[str, Plugin] = {}
-        self.pool = Pool(settings, installs)
+        self.isolation = Isolation(settings)
+        self.pool = Pool(settings, installs, self.isolation)
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
         self.front: Front | None = None
@@ -79,11 +81,18 @@ class Host:
     async def __aenter__(self) -> "Host":
         _raise_descriptor_limit()
         await self.nursery.start()
+        try:
+            await self.isolation.start(self.nursery)
+        except BaseException:
+            await self.nursery.stop()
+            raise
+        self.isolation.log()
         return self
 
     def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
         """Make a plugin known; ``load`` loads it."""
-        plugin = Plugin(manifest, self.nursery, hook_timeout=self.settings.hook_timeout, instrument=instrument)
+        timeout = self.settings.hook_timeout
+        plugin = Plugin(manifest, self.nursery, self.isolation, hook_timeout=timeout, instrument=instrument)
         plugin.changed = lambda: self.pool.version_changed(plugin)
         plugin.outdated = lambda: self._update(plugin)
         self.plugins[plugin.name] = plugin
@@ -187,6 +196,7 @@ class Host:
         for plugin in self.plugins.values():
             plugin.close()
         await self.nursery.stop()
+        self.isolation.close()
         if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 

@@ -20,8 +20,9 @@ __all__ = ["CAPABILITIES", "CATEGORIES", "Manifest", "Permissions", "is_plugin_f
 
 T = TypeVar("T")
 CATEGORIES = ("integration", "channel", "tool", "analytics")
+SHARING = ("fork", "strict")
 CAPABILITIES = ("routes", "mcp", "auth", "config", "ui")
-_KEYS = ("entry", "displayName", "category", "capabilities", "env", "permissions")
+_KEYS = ("entry", "displayName", "category", "capabilities", "env", "permissions", "sharing")
 _PERMISSIONS = ("network", "subprocess", "memory", "cpu_seconds", "processes", "files")
 
 _MAX_FILE, _MAX_TEXT, _MAX_VERSION, _MAX_ITEMS, _MAX_UNKNOWN = 256 << 10, 1024, 64, 256, 20
@@ -80,6 +81,8 @@ class Manifest:
     capabilities: tuple[str, ...]
     env: tuple[str, ...]
     permissions: Permissions
+    sharing: str
+    """``fork``, or ``strict``: each worker is a program of its own, and shares no memory with another."""
     warnings: tuple[str, ...]
 
 
@@ -117,6 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
         capabilities=table.strings("capabilities", "one of " + ", ".join(CAPABILITIES), _one_of(CAPABILITIES)),
         env=table.strings("env", _ENV_RULE, _env, optional=True),
         permissions=_read_permissions(table),
+        sharing=table.take("sharing", "one of " + ", ".join(SHARING), _one_of(SHARING), "fork", optional=True),
         warnings=tuple(warnings),
     )
     if problems:

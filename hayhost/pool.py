@@ -1,6 +1,7 @@
 """Workers for orgs: taken from spares or forked, stopped when idle or stuck, bounded in number."""
 
 import asyncio
+import secrets
 from collections import OrderedDict, deque
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
@@ -8,7 +9,10 @@ from typing import Any, Final, TypeVar
 from .catalog import Plugin
 from .errors import HostError, RequestError, StartFailedError
 from .installs import Installs
+from .isolation import Isolation, Quarters
 from .logs import PluginLog, get_logger
+from .processes import Zygote
+from .scratch import Scratches
 from .settings import Settings
 from .slot import ZYGOTE_REPORTS, Slot
 from .states import WorkerState
@@ -31,8 +35,9 @@ _REFILL_AFTER: Final = 0.05
 class Pool:
     """All workers of the host."""
 
-    def __init__(self, settings: Settings, installs: Installs) -> None:
+    def __init__(self, settings: Settings, installs: Installs, isolation: Isolation) -> None:
         self.settings = settings
+        self.isolation = isolation
         self.installs = installs
         self.loop = asyncio.get_running_loop()
         self.slots: dict[tuple[str, str], Slot] = {}
@@ -48,6 +53,7 @@ class Pool:
         self._coming = 0  # workers that are not in ``workers`` yet, because their zygote is waited for
         self._closing = False
         self._last_start = 0.0
+        self._measuring: asyncio.Task[None] | None = None
         self._ticker = self.spawn(self._tick())
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
@@ -114,8 +120,9 @@ class Pool:
             self._coming -= 1
         log = PluginLog(plugin=plugin.name, version=version.manifest.version)
         try:
-            worker = Worker(version, zygote, log, self._gone)
-        except OSError:
+            quarters = await self._quarters(zygote)
+            worker = Worker(version, zygote, quarters, self.isolation, log, self._gone)
+        except (OSError, StartFailedError):
             if zygote is not version.zygote:
                 zygote.kill()
             self._wake_one()
@@ -200,11 +207,23 @@ class Pool:
     def _gone(self, worker: Worker, reason: str) -> None:
         slot = self.workers.pop(worker, None)
         self.lru.pop(worker, None)
+        if worker.quarters.scratch:
+            self._scratches(worker.zygote).drop(worker.quarters.name)
+        self.loop.call_later(2 * ZYGOTE_REPORTS, self.isolation.left, worker.quarters.name)
         if worker.zygote is not worker.version.zygote:
             worker.zygote.close()
         if slot is not None and not self._closing:
             slot.crashed(worker, reason)
         self._wake_one()
+
+    async def _quarters(self, zygote: Zygote) -> Quarters:
+        name = secrets.token_hex(8)
+        if not zygote.spec.plan.layers:
+            return Quarters(name, "")
+        return Quarters(name, await self._scratches(zygote).make(name))
+
+    def _scratches(self, zygote: Zygote) -> Scratches:
+        return zygote.keeper or self.isolation.folders.of(zygote.spec.plan.uid)
 
     async def retire(self, worker: Worker, hook: str = "on_stop") -> None:
         """Stop a worker that is out of service already."""
@@ -225,6 +244,14 @@ class Pool:
                     worker.pinged = None
                 self._check(worker, slot, now)
             self._refill(now)
+            if self.isolation.measures and (self._measuring is None or self._measuring.done()):
+                self._measuring = self.spawn(self._measure())
+
+    async def _measure(self) -> None:
+        """Replace workers whose scratch folders have grown too large, where they have no file system of their own."""
+        workers = {worker.quarters.name: worker for worker in self.lru}
+        for name in await self.loop.run_in_executor(None, self.isolation.oversized, list(workers)):
+            workers[name].kill("its scratch folder grew beyond its limit")
 
     def _check(self, worker: Worker, slot: Slot, now: float) -> None:
         """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""

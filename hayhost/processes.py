@@ -18,13 +18,16 @@ from sandbox.spec import PluginSpec
 
 from .channel import Channel, socket_pair
 from .errors import HostError, PluginLoadError
+from .inspection import Descriptors, threads_of
 from .logs import PluginLog, get_logger
+from .scratch import Keeper
 
 __all__ = ["Nursery", "Process", "Zygote"]
 
 # Besides the plugin's own hooks: forking, importing the SDK, a busy machine.
 _SLACK: Final = 10.0
 _READ: Final = 64 << 10
+_PROBE: Final = 30.0
 
 
 class Process:
@@ -107,6 +110,7 @@ class Nursery:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ids = 0
         self._closing = False
+        self._probed: asyncio.Future[wire.Probed] | None = None
 
     @property
     def pid(self) -> int:
@@ -137,9 +141,7 @@ class Nursery:
             theirs.close()
             os.close(writer)
         _Output(reader, PluginLog(process="nursery"))
-        self._channel = Channel(
-            ours, wire.FromNursery, hello=self._hello, receive=lambda message: None, closed=self._closed
-        )
+        self._channel = Channel(ours, wire.FromNursery, hello=self._hello, receive=self._receive, closed=self._closed)
         try:
             async with asyncio.timeout(60):
                 await self._ready
@@ -164,17 +166,37 @@ class Nursery:
             get_logger().error("the nursery died; starting it anew", reason=reason)
             self._lost()
 
-    async def spawn(self, spec: PluginSpec, log: PluginLog) -> "Zygote":
-        """A new zygote for ``spec``, loading. Raises ``HostError`` if there is no nursery to fork it."""
+    async def probe(self) -> wire.Probed:
+        """What of the confinement this machine gives. Raises ``HostError`` if the nursery is gone or does not say."""
+        assert self._channel is not None
+        self._probed = asyncio.get_running_loop().create_future()
+        self._channel.send(wire.Probe())
+        try:
+            async with asyncio.timeout(_PROBE):
+                return await self._probed
+        except TimeoutError:
+            raise HostError("the nursery did not find out how plugins can be isolated") from None
+
+    def _receive(self, message: wire.Hello | wire.ChildExited | wire.Probed) -> None:
+        if isinstance(message, wire.Probed) and self._probed is not None and not self._probed.done():
+            self._probed.set_result(message)
+
+    async def spawn(self, spec: PluginSpec, log: PluginLog, *, execute: bool = False) -> "Zygote":
+        """A new zygote for ``spec``, loading; with ``execute`` a program of its own.
+
+        Raises ``HostError`` if there is no nursery to start it.
+        """
         if self._channel is None or self._channel.is_closed:
             await self.start()
         assert self._channel is not None
         self._ids += 1
         ours, theirs = socket_pair()
+        keeper, its = socket_pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         output = _Output(reader, log)
-        zygote = Zygote(spec, ours, output, log, self.pid)
-        self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec)), [theirs.detach(), writer])
+        zygote = Zygote(spec, ours, keeper, output, log, self.pid)
+        descriptors = [theirs.detach(), writer, its.detach()]
+        self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec), execute), descriptors)
         return zygote
 
     async def stop(self) -> None:
@@ -194,7 +216,15 @@ class Nursery:
 class Zygote:
     """A plugin zygote: loads its plugin once, then forks workers."""
 
-    def __init__(self, spec: PluginSpec, sock: socket.socket, output: _Output, log: PluginLog, nursery: int) -> None:
+    def __init__(
+        self,
+        spec: PluginSpec,
+        sock: socket.socket,
+        keeper: socket.socket,
+        output: _Output,
+        log: PluginLog,
+        nursery: int,
+    ) -> None:
         self.spec = spec
         self.nursery = nursery
         """The pid of the nursery that forked it."""
@@ -206,6 +236,12 @@ class Zygote:
         """How its last workers ended, as it says: pid to exit code, or minus a signal."""
         self.lost: Callable[[], None] = lambda: None
         self.alive = True
+        self.threads = 1
+        """How many threads it had when the plugin was loaded."""
+        self.keeper = Keeper(keeper) if "namespaces" in spec.plan.layers else None
+        """Who makes its workers' scratch folders, if they are in namespaces."""
+        if self.keeper is None:
+            keeper.close()
         self._became = False
         self._log = log
         self._output = output
@@ -233,6 +269,7 @@ class Zygote:
             case wire.Loaded() if not self.loaded.done():
                 self._deadline.cancel()
                 self.stamps = list(message.stamps)
+                self.threads = threads_of(self.pid)
                 self.loaded.set_result(message)
             case wire.LoadFailed() if not self.loaded.done():
                 self._deadline.cancel()
@@ -274,18 +311,23 @@ class Zygote:
                 self._process.kill()
             self._process.close()
         self._channel.close()
+        if self.keeper is not None and not self._became:
+            self.keeper.close()
 
-    def fork(self, log: PluginLog, become: bool = False) -> socket.socket:
-        """Have a worker forked; the front's end of its socket. With ``become`` the zygote itself is the worker.
+    def fork(self, log: PluginLog, scratch: str, *, become: bool = False) -> tuple[socket.socket, Descriptors]:
+        """Have a worker forked; the front's end of its socket, and the descriptors that it is given.
 
-        What it writes to its descriptors 1 and 2 goes to ``log``, and through no pipe that another org's worker has.
+        With ``become`` the zygote itself is the worker. What it writes to its descriptors 1 and 2 goes to ``log``, and
+        through no pipe that another org's worker has.
         """
         ours, theirs = socket_pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         _Output(reader, log)
-        self._channel.send(wire.Fork(become), [theirs.detach(), writer])
+        given = [theirs.detach(), writer]
+        seen = frozenset((status.st_dev, status.st_ino) for status in map(os.fstat, given))
+        self._channel.send(wire.Fork(become, scratch), given)
         self._became = become
-        return ours
+        return ours, seen
 
     def kill(self) -> None:
         """SIGKILL it."""
@@ -298,6 +340,8 @@ class Zygote:
         """Let it exit. Its workers live on. Closing twice is safe."""
         self.alive = False
         self._deadline.cancel()
+        if self.keeper is not None:
+            self.keeper.close()
         if not self.loaded.done():
             self.loaded.set_exception(PluginLoadError("the host is stopping"))
         if self._process:

@@ -13,6 +13,8 @@ from .errors import SettingsError
 __all__ = ["FIELDS", "Settings", "load", "parse_size"]
 
 Mode = Literal["production", "test"]
+IsolationChoice = Literal["auto", "none", "limited", "confined", "namespaced", "hardened"]
+RequiredLevel = Literal["none", "limited", "confined", "namespaced", "hardened"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -53,6 +55,10 @@ class Settings:
     ping_timeout: float = _setting(
         10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1
     )
+    isolation: IsolationChoice = _setting("auto", "How workers are isolated; auto takes all that the machine gives.")
+    require: RequiredLevel = _setting("confined", "Refuse to start if auto gives less than this level of isolation.")
+    layers: str = _setting("auto", "Apply just these layers of isolation (by comma), to find out what each one stops.")
+    writable: tuple[str, ...] = _setting((), "Folders that all plugins may write to, besides their own; by colon.")
     reload: bool = _setting(True, "Serve changed plugins without a restart.")
     poll: bool = _setting(False, "Look for changes instead of waiting for events, for file systems without them.")
     debounce: float = _setting(0.1, "Changed files must be quiet for this long before they are loaded.", most=60)
@@ -118,6 +124,13 @@ def _convert(name: str, value: Any) -> Any:
         if value not in get_args(hint):
             raise ValueError(f"{value!r} is not one of {', '.join(get_args(hint))}")
         return value
+    if hint == tuple[str, ...]:
+        items = [item for item in value.split(":") if item] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(
+            isinstance(item, str) and os.path.isabs(item) and "\0" not in item for item in items
+        ):
+            raise ValueError(f"{value!r} is not a list of absolute paths")
+        return tuple(map(os.path.realpath, items))
     if hint is str:
         if not isinstance(value, str) or not value:
             raise ValueError(f"{value!r} is not a non-empty string")

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from sandbox.confinement import Level, Plan
 from sandbox.spec import PluginSpec
 
 from .errors import PluginLoadError
@@ -43,8 +44,10 @@ class Version:
                 self.warnings.append(f"environment variable {name} is not UTF-8 text and counts as unset")
         self.loaded_at = time.time()
         self.strict_reason = (
-            f"its import left {loaded.threads - 1} thread(s) running, and a process with threads cannot be forked"
-            if loaded.threads > 1
+            'its manifest says sharing = "strict"'
+            if manifest.sharing == "strict"
+            else f"its import left {zygote.threads - 1} thread(s) running, and a process with threads cannot be forked"
+            if zygote.threads > 1
             else ""
         )
         """Why its workers are not forked from one zygote; empty if they are."""
@@ -53,6 +56,11 @@ class Version:
     def strict(self) -> bool:
         """Whether each of its workers loads the plugin for itself."""
         return bool(self.strict_reason)
+
+    @property
+    def level(self) -> Level:
+        """How much its processes are isolated."""
+        return self.zygote.spec.plan.level
 
     @property
     def alive(self) -> bool:
@@ -68,8 +76,8 @@ class Version:
         self.zygote.close()
 
 
-def spec_of(manifest: Manifest, *, hook_timeout: float, instrument: bool) -> PluginSpec:
-    """What a zygote needs to load the plugin of ``manifest``."""
+def spec_of(manifest: Manifest, plan: Plan, *, hook_timeout: float, instrument: bool) -> PluginSpec:
+    """What a zygote needs to load the plugin of ``manifest``, confined to ``plan``."""
     return PluginSpec(
         folder=str(manifest.folder),
         entry=manifest.entry,
@@ -80,19 +88,24 @@ def spec_of(manifest: Manifest, *, hook_timeout: float, instrument: bool) -> Plu
         env=manifest.env,
         hook_timeout=hook_timeout,
         instrument=instrument,
+        plan=plan,
+        strict=manifest.sharing == "strict",
     )
 
 
-async def load_version(nursery: Nursery, manifest: Manifest, digest: str, spec: PluginSpec, log: PluginLog) -> Version:
+async def load_version(
+    nursery: Nursery, manifest: Manifest, digest: str, spec: PluginSpec, log: PluginLog, *, worker: bool = False
+) -> Version:
     """Have a zygote load the plugin. Raises ``PluginLoadError`` if it does not load, ``HostError`` without a nursery.
 
-    Cancelling it ends the zygote. One that lost its nursery meanwhile, and with it all that would end it with the host,
-    is given up for another.
+    With ``worker`` it is to become a worker, and is executed anew if the manifest wants that. Cancelling it ends the
+    zygote. One that lost its nursery meanwhile, and with it all that would end it with the host, is given up for
+    another.
     """
     attempts = _ATTEMPTS
     while True:
         attempts -= 1
-        zygote = await nursery.spawn(spec, log)
+        zygote = await nursery.spawn(spec, log, execute=worker and spec.strict)
         try:
             loaded = await zygote.loaded
             if zygote.nursery == nursery.pid or not attempts:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -12,7 +13,9 @@ from sandbox import wire
 
 from .channel import Channel
 from .errors import RequestError, StartFailedError, WorkerLostError
+from .inspection import pid_inside
 from .installs import Installation
+from .isolation import Isolation, Quarters
 from .logs import PluginLog
 from .processes import Process, Zygote
 from .states import Lifecycle, WorkerState
@@ -50,8 +53,20 @@ class Worker:
     for whatever reason and all its streams have been told.
     """
 
-    def __init__(self, version: Version, zygote: Zygote, log: PluginLog, gone: Callable[["Worker", str], None]) -> None:
+    def __init__(
+        self,
+        version: Version,
+        zygote: Zygote,
+        quarters: Quarters,
+        isolation: Isolation,
+        log: PluginLog,
+        gone: Callable[["Worker", str], None],
+    ) -> None:
         loop = asyncio.get_running_loop()
+        self.quarters = quarters
+        self._isolation = isolation
+        self._pid_inside = 0
+        self._containing: asyncio.Task[str] | None = None
         self.version = version
         self.zygote = zygote
         """Where it comes from: its version's zygote or, if that must not fork, one of its own that turns into it."""
@@ -90,8 +105,9 @@ class Worker:
         self._state: bytearray | None = None
         self._dumped: asyncio.Future[bytes] | None = None
         self._dumps_due = 0
+        sock, self._descriptors = zygote.fork(log, quarters.scratch, become=zygote is not version.zygote)
         self._channel = Channel(
-            zygote.fork(log, become=zygote is not version.zygote),
+            sock,
             wire.FromWorker,
             hello=self._hello,
             receive=self._receive,
@@ -131,8 +147,23 @@ class Worker:
             return
         self.stamps = list(message.stamps)
         self._log.bind(worker=pid)
+        self._pid_inside = pid_inside(pid)
+        plan, manifest = self.zygote.spec.plan, self.version.manifest
+        threads = 1 if self.zygote is self.version.zygote else self.zygote.threads
+        if problem := self._isolation.admit(pid, plan, self._descriptors, threads):
+            self._end(f"it is not admitted: {problem}")
+            return
+        containing = self._loop.create_task(self._isolation.contain(self.quarters.name, pid, manifest, plan))
+        containing.add_done_callback(self._contained)
+        self._containing = containing  # a task that nobody holds may be lost
+        self._channel.send(wire.Admitted())
         if not self.hello.done():
             self.hello.set_result(None)
+
+    def _contained(self, containing: "asyncio.Task[str]") -> None:
+        self._containing = None
+        if not containing.cancelled() and (problem := containing.result()) and not self._ending:
+            self.kill(problem)
 
     def start(self, installation: Installation, *, serve: bool, hook_timeout: float) -> None:
         """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests.
@@ -216,9 +247,11 @@ class Worker:
         """Why it was ended, or what its zygote says of its end, if it has yet."""
         if self._cause:
             return self._cause
-        status = self.zygote.exits.get(self.pid)
+        status = self.zygote.exits.get(self._pid_inside)
         if status is None:
             return None
+        if status == -signal.SIGKILL and (memory := self._isolation.ran_out(self.quarters.name, self.version.manifest)):
+            return memory
         return f"it exited with code {status}" if status >= 0 else f"it was killed by signal {-status}"
 
     def kill(self, why: str = "") -> None:

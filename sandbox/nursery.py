@@ -13,9 +13,11 @@ import sys
 from typing import NoReturn
 
 from . import processes, wire
+from .confinement import MINIMAL_ENVIRONMENT
+from .confinement.probes import interpreter, probe
 from .zygote import run as run_zygote
 
-__all__ = ["main"]
+__all__ = ["main", "preload"]
 
 _BY_HAND = """\
 This is the nursery of hayhost, the process that plugin workers are forked from. It speaks a private protocol
@@ -50,14 +52,18 @@ class _Nursery:
     def _serve(self) -> bool:
         data = processes.receive(self._control, 1 << 16, self._descriptors)
         for message in self._decoder.feed(data):
-            control, output = self._descriptors[:2]
-            del self._descriptors[:2]
+            if isinstance(message, wire.Probe):
+                self._send(wire.Probed(probe(), interpreter()))
+                continue
+            control, output, keeper = descriptors = self._descriptors[:3]
+            del self._descriptors[:3]
+            run = execute_zygote if message.execute else run_zygote
             try:
-                processes.fork(run_zygote, message.spec, control, output)
+                processes.fork(run, message.spec, control, output, keeper)
             except OSError as error:
                 self._refuse(control, error)
-            os.close(control)
-            os.close(output)
+            for descriptor in descriptors:
+                os.close(descriptor)
         return bool(data)
 
     def _refuse(self, control: int, error: OSError) -> None:
@@ -72,6 +78,17 @@ class _Nursery:
             pass  # the front is gone: the next read says so
 
 
+def execute_zygote(spec: bytes, control: int, output: int, keeper: int) -> NoReturn:
+    """Become a zygote that shares nothing with this process, by executing the interpreter anew."""
+    file = os.memfd_create("spec")
+    os.pwrite(file, spec, 0)
+    descriptors = (file, control, output, keeper)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    program = [sys.executable, "-I", "-m", "sandbox.strict", *map(str, descriptors)]
+    os.execve(sys.executable, program, MINIMAL_ENVIRONMENT)
+
+
 def _kill_all() -> None:
     while pids := processes.descendants():
         for pid in pids:
@@ -83,7 +100,7 @@ def _kill_all() -> None:
             pass
 
 
-def _preload() -> None:
+def preload() -> None:
     """Import what workers need before any of them exists; all forks share the pages."""
     import asyncio
     import concurrent.futures.thread  # noqa: F401  imported lazily by concurrent.futures
@@ -110,7 +127,7 @@ def main() -> NoReturn:
     control.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.set_name("hay-nursery")
-    _preload()
+    preload()
     try:
         _Nursery(control).run()
     finally:

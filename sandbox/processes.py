@@ -1,6 +1,5 @@
 """Forking and reaping, for the nursery and the zygotes. Single-threaded callers only."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -9,27 +8,32 @@ from collections.abc import Callable, Iterator
 from multiprocess import process as multiprocess_process
 from multiprocess.context import ForkProcess
 
-__all__ = ["children", "descendants", "fork", "reap", "receive", "set_child_subreaper", "set_name", "wake_on_child"]
+from .confinement import kernel
+
+__all__ = [
+    "children",
+    "descendants",
+    "fork",
+    "has_children",
+    "reap",
+    "receive",
+    "set_child_subreaper",
+    "set_name",
+    "wake_on_child",
+]
 
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _prctl(option: int, argument: object) -> None:
-    if _libc.prctl(option, argument, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def set_name(name: str) -> None:
     """Name this process for ``ps`` and ``top`` (15 bytes of it)."""
-    _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))
+    kernel.prctl(_PR_SET_NAME, name.encode()[:15])
 
 
 def set_child_subreaper() -> None:
     """Become the parent of every descendant whose own parent dies, so that none can get away (prctl(2))."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+    kernel.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def fork(run: Callable[..., None], *args: object) -> int:
@@ -76,6 +80,15 @@ def reap() -> Iterator[tuple[int, int]]:
         yield pid, os.waitstatus_to_exitcode(status)
 
 
+def has_children() -> bool:
+    """Whether this process has a child, alive or not reaped yet."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def _children_of_all() -> dict[int, list[int]]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
@@ -90,8 +103,11 @@ def _children_of_all() -> dict[int, list[int]]:
 
 
 def children() -> list[int]:
-    """The pids of this process's own children, as /proc shows them now."""
-    return _children_of_all().get(os.getpid(), [])
+    """The pids of this process's own children, as /proc shows them now; none where it may not be read."""
+    try:
+        return _children_of_all().get(os.getpid(), [])
+    except OSError:
+        return []
 
 
 def descendants() -> list[int]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .confinement.plan import UNCONFINED, Plan
+
 __all__ = ["PluginSpec"]
 
 
@@ -18,3 +20,6 @@ class PluginSpec:
     env: tuple[str, ...]
     hook_timeout: float
     instrument: bool = False
+    plan: Plan = UNCONFINED
+    strict: bool = False
+    """Whether each worker is to be a program of its own, not a fork."""

@@ -90,11 +90,26 @@ class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=Fa
 
 
 class SpawnZygote(Message, tag=1):
-    """Fork a plugin zygote. ``spec`` is a dill-pickled ``sandbox.spec.PluginSpec``; two descriptors come along:
-    the zygote's control socket and the pipe for its raw stdout and stderr."""
+    """Start a plugin zygote. ``spec`` is a dill-pickled ``sandbox.spec.PluginSpec``; three descriptors come along: the
+    zygote's control socket, the pipe for its raw stdout and stderr, and the socket of the keeper of its namespaces.
+
+    With ``execute`` it is a program of its own, with addresses and hashes of its own, and not a fork of the nursery.
+    """
 
     id: StreamId
     spec: bytes
+    execute: bool = False
+
+
+class Probe(Message, tag=24):
+    """Find out which layers of confinement this machine gives."""
+
+
+class Probed(Message, tag=25):
+    """By layer, why it cannot be had, empty if it can; and what must be readable for the interpreter to work."""
+
+    problems: dict[str, str]
+    interpreter: list[str]
 
 
 class ChildExited(Message, tag=2):
@@ -108,11 +123,13 @@ class ChildExited(Message, tag=2):
 
 
 class Fork(Message, tag=3):
-    """Fork a worker; two descriptors come along: its socket and the pipe for its raw stdout and stderr. With ``become``
-    the zygote itself turns into the worker: that is how each worker of a plugin that must not be forked gets a process
-    of its own."""
+    """Fork a worker with the scratch folder ``scratch``; its socket and the pipe for its raw stdout and stderr come
+    along and, with ``network``, its socket to the broker. With ``become`` the zygote itself turns into the worker: that
+    is how each worker of a plugin that must not be forked gets a process of its own."""
 
     become: bool = False
+    scratch: str = ""
+    network: bool = False
 
 
 class Loaded(Message, tag=4):
@@ -122,7 +139,6 @@ class Loaded(Message, tag=4):
     warnings: Annotated[list[Text], msgspec.Meta(max_length=1_000)]
     hooks: Annotated[list[ShortText], msgspec.Meta(max_length=16)]
     stamps: Stamps
-    threads: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class LoadFailed(Message, tag=5):
@@ -130,6 +146,28 @@ class LoadFailed(Message, tag=5):
 
     error: Text
     traceback: Text
+
+
+# ---- front <-> keeper
+
+
+class MakeScratch(Message, tag=26):
+    """Make the scratch folder ``name``; ``ScratchMade`` is the answer."""
+
+    name: str
+
+
+class DropScratch(Message, tag=27):
+    """The process that had the scratch folder ``name`` is gone."""
+
+    name: str
+
+
+class ScratchMade(Message, tag=28):
+    """There is a scratch folder ``name``, unless ``error`` says why there is none."""
+
+    name: ShortText
+    error: Text
 
 
 # ---- worker -> front
@@ -222,6 +260,10 @@ class McpServers(Message, tag=15):
 # ---- front -> worker
 
 
+class Admitted(Message, tag=29):
+    """The front has looked at the worker and takes it. Until then it opens nothing that was not there to be seen."""
+
+
 class Start(Message, tag=16):
     """The worker's identity. ``config``, ``auth`` and ``env`` are JSON objects; ``auth`` may be ``null``.
 
@@ -299,12 +341,14 @@ class State(Message, tag=24):
 MAX_STATE: Final = 16 << 20
 """Bytes of pickled state that move from a worker to the next. It is memory of the front's while it moves."""
 
-ToNursery = SpawnZygote
-FromNursery = Hello | ChildExited
+ToNursery = SpawnZygote | Probe
+FromNursery = Hello | ChildExited | Probed
+ToKeeper = MakeScratch | DropScratch
+FromKeeper = Hello | ScratchMade
 ToZygote = Fork
 FromZygote = Hello | Loaded | LoadFailed | Log | ChildExited
 FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers | State
-ToWorker = Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State
+ToWorker = Admitted | Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State
 
 M = TypeVar("M", bound=Message)
 

@@ -6,9 +6,11 @@ Org, config and credentials arrive in the ``Start`` frame, never through the env
 import asyncio
 import gc
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
@@ -32,7 +34,7 @@ from hayhost.sdk import (
 )
 from hayhost.sdk._checks import check
 
-from . import confinement, processes, wire
+from . import confinement, processes, refusals, wire
 from .capture import Capture
 from .dispatch import Caller, Dispatcher
 from .link import Link
@@ -45,23 +47,37 @@ __all__ = ["run"]
 _LAST_WRITE: Final = 2.0
 _MCP_STOP: Final = 5.0
 _DUMP_ATTEMPTS: Final = 5
+# What a thread reserves counts as memory: the usual 8 MiB would let few of them be started.
+_STACK: Final = 2 << 20
 _Then = Callable[[], Awaitable[None]] | None
 
 
-def run(plugin: LoadedPlugin, capture: Capture, descriptor: int, output: int) -> NoReturn:
-    """Be a worker on the socket ``descriptor``, with ``output`` for raw output; the body of a forked process."""
+def run(
+    plugin: LoadedPlugin, capture: Capture, scratch: str, descriptor: int, output: int, network: int = -1
+) -> NoReturn:
+    """Be a worker; the body of a forked process.
+
+    ``descriptor`` is its socket, ``output`` where raw output goes, ``network`` its socket to the broker if it may
+    connect to anything, ``scratch`` the folder that it may write to.
+    """
     stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
     _detach(output)
-    confinement.after_fork({descriptor})
-    stamps.append(("confined", time.monotonic_ns()))
     sock = socket.socket(fileno=descriptor)
+    try:
+        confinement.after_fork(plugin.spec.plan, {descriptor, network}, scratch)
+    except OSError as error:
+        sock.sendall(wire.encode(wire.Failed(f"it cannot be isolated: {error}")))
+        os._exit(1)
+    refusals.install(plugin.spec.plan)
+    stamps.append(("confined", time.monotonic_ns()))
+    sock.sendall(wire.encode(wire.Hello(wire.VERSION, stamps)))
+    select.select([sock], [], [])  # until the front has looked at this process, nothing is opened
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     link = Link(sock, loop)
     capture.rebind(link.send_now)
     worker = _Worker(plugin, capture, link, loop)
     link.listen(worker.receive)
-    link.send(wire.Hello(wire.VERSION, stamps))
     try:
         loop.run_forever()
     except SystemExit as error:  # sys.exit() in a task of the author's own: that is the end of the worker
@@ -86,6 +102,7 @@ def _detach(output: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if "numpy.random" in sys.modules:  # the standard generators reseed themselves after a fork
         sys.modules["numpy.random"].seed()
+    threading.stack_size(_STACK)
     gc.enable()
 
 
@@ -106,6 +123,7 @@ class _Worker:
             wire.Stop: lambda message: self._spawn(self._stop(message)),
             wire.State: self._take_state,
             wire.DumpState: lambda _: self._dump_state(),
+            wire.Admitted: lambda _: None,
             wire.Ping: lambda message: link.send(wire.Pong(message.id)),
         }
         loop.set_exception_handler(self._loop_failed)
@@ -121,6 +139,8 @@ class _Worker:
     def _failed(self, what: str, error: BaseException) -> None:
         """Tell the author, and nobody else, what went wrong."""
         summary = f"{what}: {describe(error)}"
+        if help := refusals.hint(error, self._plugin.spec.plan):
+            summary += f" ({help})"
         self._capture.log("error", summary, {"traceback": author_traceback(error, self._plugin.spec.folder)})
 
     def _loop_failed(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

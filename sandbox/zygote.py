@@ -19,8 +19,9 @@ import msgspec
 from hayhost.sdk import Logger
 from hayhost.sdk.errors import PluginError, RegistrationError
 
-from . import confinement, processes, wire
+from . import confinement, processes, refusals, wire
 from .capture import Capture
+from .keeper import split
 from .loader import LoadedPlugin, author_traceback, describe, load
 from .spec import PluginSpec
 
@@ -38,16 +39,25 @@ class _Stamps:
         self.all.append((phase, time.monotonic_ns()))
 
 
-def run(pickled: bytes, control: int, output: int) -> None:
-    """Be a zygote; the body of a process that the nursery forked. ``control`` and ``output`` are descriptors."""
+def run(pickled: bytes, control: int, output: int, keeper: int) -> None:
+    """Be a zygote; the body of a process that the nursery forked. The last three arguments are descriptors."""
     stamps = _Stamps()
     stamps("forked")
     _detach(output)
-    processes.set_child_subreaper()
     spec: PluginSpec = dill.loads(pickled)  # noqa: S301  # made by the front from the manifest: host -> child
-    processes.set_name(f"hay:{spec.name}")
-    sock = socket.socket(fileno=os.dup(control))
-    confinement.before_import({sock.fileno()})
+    try:
+        if "namespaces" in spec.plan.layers:
+            split(spec.plan, control, keeper)
+        else:
+            os.setsid()
+        sock = socket.socket(fileno=os.dup(control))
+        processes.set_child_subreaper()
+        processes.set_name(f"hay:{spec.name}")
+        confinement.before_import(spec.plan, {sock.fileno()})
+    except OSError as error:
+        with socket.socket(fileno=control) as refusal:
+            refusal.sendall(wire.encode(wire.LoadFailed(f"the plugin cannot be isolated: {error}", "")))
+        os._exit(1)
     stamps("confined")
     zygote = _Zygote(sock)
     zygote.send(wire.Hello(wire.VERSION, stamps.all))
@@ -58,7 +68,6 @@ def run(pickled: bytes, control: int, output: int) -> None:
 
 
 def _detach(output: int) -> None:
-    os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -87,10 +96,6 @@ class _Zygote:
         """Load the plugin and report it; ``None`` if it does not load, which is reported as well."""
         self.capture.install()
         try:
-            tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            tasks = -1
-        try:
             os.chdir(spec.folder)  # an author's relative paths mean the plugin's own files
             plugin = load(spec, Logger(self.capture.log), stamps)
             metadata = msgspec.json.encode(plugin.registry.metadata())
@@ -102,14 +107,10 @@ class _Zygote:
                 warnings=plugin.registry.warnings,
                 hooks=list(plugin.hooks),
                 stamps=stamps.all,
-                threads=1 if tasks < 0 else len(os.listdir(tasks)),
             )
         except BaseException as error:
-            self.send(_failure(error, spec.folder))
+            self.send(_failure(error, spec))
             return None
-        finally:
-            if tasks >= 0:
-                os.close(tasks)
         gc.collect()
         gc.freeze()
         self.send(loaded)
@@ -135,9 +136,9 @@ class _Zygote:
                     continue
                 data = processes.receive(self._sock, 1 << 16, descriptors)
                 for message in decoder.feed(data):
-                    worker_socket, output = descriptors[:2]
-                    del descriptors[:2]
-                    self._fork(plugin, message, worker_socket, output)
+                    given = descriptors[: 3 if message.network else 2]
+                    del descriptors[: len(given)]
+                    self._fork(plugin, message, given)
                 if not data:
                     return
             if self._sweep_at is not None and time.monotonic() >= self._sweep_at:
@@ -157,21 +158,21 @@ class _Zygote:
                 except OSError:
                     pass  # it has another user by now
 
-    def _fork(self, plugin: LoadedPlugin, message: wire.Fork, worker_socket: int, output: int) -> None:
+    def _fork(self, plugin: LoadedPlugin, message: wire.Fork, descriptors: list[int]) -> None:
         from .worker import run as run_worker
 
         if message.become:
-            run_worker(plugin, self.capture, worker_socket, output)
+            run_worker(plugin, self.capture, message.scratch, *descriptors)
         try:
-            self._children.add(processes.fork(run_worker, plugin, self.capture, worker_socket, output))
+            self._children.add(processes.fork(run_worker, plugin, self.capture, message.scratch, *descriptors))
         except OSError as error:
-            with socket.socket(fileno=os.dup(worker_socket)) as sock:
+            with socket.socket(fileno=os.dup(descriptors[0])) as sock:
                 sock.sendall(wire.encode(wire.Failed(f"cannot fork a worker: {error.strerror}")))
-        os.close(worker_socket)
-        os.close(output)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
-def _failure(error: BaseException, folder: str) -> wire.LoadFailed:
+def _failure(error: BaseException, spec: PluginSpec) -> wire.LoadFailed:
     if isinstance(error, SystemExit):
         text = f"the plugin called sys.exit({error.code!r}) while it was loading"
     elif isinstance(error, SyntaxError):
@@ -180,5 +181,7 @@ def _failure(error: BaseException, folder: str) -> wire.LoadFailed:
         text = describe(error).removeprefix(f"{type(error).__name__}: ")
     else:
         text = describe(error)
-    trace = author_traceback(error, folder)
+    if help := refusals.hint(error, spec.plan):
+        text += f" ({help})"
+    trace = author_traceback(error, spec.folder)
     return wire.LoadFailed(text[: 8 << 10], trace if "\n" in trace else "")  # one line would only say it again

@@ -83,9 +83,22 @@ def routes(body: str, **handlers: str) -> str:
 class HostProcess:
     """A running ``hayhost serve|dev|run``."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+    isolation = "auto"
+    """The level at which hosts are started that do not say. A test module chooses with its ``ISOLATION``."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        writable: Path | None = None,
+    ) -> None:
         self.log_file = tempfile.NamedTemporaryFile("r+", suffix=".log")  # noqa: SIM115  # closed in stop()
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HAYHOST_", "HAY_"))}
+        environment["HAYHOST_ISOLATION"] = self.isolation
+        if writable is not None:  # where plugins leave word of what they did, whichever user they are
+            writable.chmod(0o777)
+            environment["HAYHOST_WRITABLE"] = str(writable)
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-P", "-m", "hayhost", *arguments],
             env={**environment, **(env or {})},
@@ -219,13 +232,24 @@ def all_gone(pids: list[int]) -> bool:
 Serve = Callable[..., HostProcess]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def isolation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hosts of a module that sets ``ISOLATION`` run at that level."""
+    HostProcess.isolation = getattr(request.module, "ISOLATION", "auto")
+    yield
+    HostProcess.isolation = "auto"
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., HostProcess]]:
-    """``start("serve", folder, "--mode", "test", env={...})``: a real hayhost, killed after the test."""
+def start(tmp_path: Path) -> Iterator[Callable[..., HostProcess]]:
+    """``start("serve", folder, "--mode", "test", env={...})``: a real hayhost, killed after the test.
+
+    Plugins may write to the test's ``tmp_path``.
+    """
     started: list[HostProcess] = []
 
     def begin(*arguments: object, env: dict[str, str] | None = None) -> HostProcess:
-        host = HostProcess([str(argument) for argument in arguments], env)
+        host = HostProcess([str(argument) for argument in arguments], env, writable=tmp_path)
         started.append(host)
         return host
 

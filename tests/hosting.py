@@ -44,7 +44,7 @@ def hosting(folder: Path, *options: object, env: dict[str, str] | None = None) -
     """A ready ``hayhost serve`` on ``folder`` with ``options``, in test mode unless they name a file of orgs."""
     mode = () if "--orgs" in options else ("--mode", "test")
     arguments = ["serve", folder, *mode, "--port", "0", "--log-format", "json", *options]
-    host = HostProcess([str(argument) for argument in arguments], env)
+    host = HostProcess([str(argument) for argument in arguments], env, writable=folder)
     try:
         yield host.wait_ready()
     finally:

@@ -57,7 +57,7 @@ class Lab:
             made.mkdir(exist_ok=True)
         how = ["--mode", "test", "--log-format", "json"] if command == "serve" else []
         arguments = [command, self.plugins, "--port", 0, *how, *options]
-        self.host = HostProcess([str(argument) for argument in arguments])
+        self.host = HostProcess([str(argument) for argument in arguments], writable=folder)
         if command == "serve":
             self.host.wait_ready()
         else:

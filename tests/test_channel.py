@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 from hayhost import worker as worker_module
 from hayhost.channel import Channel, socket_pair
 from hayhost.errors import RequestError, StartFailedError, WorkerLostError
+from hayhost.inspection import Descriptors
 from hayhost.installs import Installation, TestInstalls
+from hayhost.isolation import Isolation, Quarters
 from hayhost.logs import PluginLog
 from hayhost.pool import Pool
 from hayhost.processes import Zygote
@@ -28,6 +31,7 @@ from hayhost.states import WorkerState
 from hayhost.version import Version
 from hayhost.worker import Worker
 from sandbox import wire
+from sandbox.confinement import UNCONFINED
 
 HELLO = wire.Hello(wire.VERSION, [])
 PID = 4_000_000
@@ -409,6 +413,7 @@ class Forker:
     """Stands in for the zygote, and gives the test the child's end."""
 
     pid = 1
+    spec = SimpleNamespace(plan=UNCONFINED)
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
@@ -417,7 +422,7 @@ class Forker:
         self.killed = False
         self.forked: Callable[[Peer], None] = lambda peer: None
 
-    def fork(self, log: PluginLog, become: bool = False) -> socket.socket:
+    def fork(self, log: PluginLog, scratch: str, *, become: bool = False) -> tuple[socket.socket, Descriptors]:
         ours, theirs = socket_pair()
         self.peers.append(Peer(theirs))
         try:
@@ -425,7 +430,7 @@ class Forker:
         except OSError:
             ours.close()
             raise
-        return ours
+        return ours, frozenset()
 
     def kill(self) -> None:
         self.killed = True
@@ -489,7 +494,14 @@ class Rig:
         forker = Forker()
         log = PluginLog(plugin="test")
         version = cast(Version, FakeVersion(forker))
-        self.worker = Worker(version, cast(Zygote, forker), log, lambda _, reason: self.gone.append(reason))
+        self.worker = Worker(
+            version,
+            cast(Zygote, forker),
+            Quarters("1", ""),
+            Isolation(Settings()),
+            log,
+            lambda _, reason: self.gone.append(reason),
+        )
         (self.peer,) = forker.peers
 
     @property
@@ -826,7 +838,7 @@ async def slots(forked: Callable[[Peer], None], **options: Any) -> Any:
     """``make(org)`` gives slots whose workers ``forked(peer)`` plays."""
     forker = Forker()
     forker.forked = forked
-    pool = Pool(Settings(mode="test", spares=0, **options), TestInstalls())
+    pool = Pool(Settings(mode="test", spares=0, **options), TestInstalls(), Isolation(Settings()))
     plugin = cast(Any, FakePlugin(forker))
     yield lambda org: pool.slot(plugin, org), pool
     await pool.close()

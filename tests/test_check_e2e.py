@@ -541,6 +541,13 @@ def test_metadata_as_it_is_served(tmp_path: Path) -> None:
     }
 
 
+def report_level(folder: Path) -> str:
+    """The isolation that this machine gives, as a program reads it."""
+    level: str = run_hayhost("check", "--json", folder / "p").json()["isolation"]
+    assert level in ("limited", "confined", "namespaced", "hardened")
+    return level
+
+
 def test_for_people(tmp_path: Path) -> None:
     RIGHT["everything"].make(tmp_path / "p")
     done = run_hayhost("check", "p", cwd=tmp_path)
@@ -550,6 +557,7 @@ def test_for_people(tmp_path: Path) -> None:
         "  displayName   p\n"
         "  category      tool\n"
         "  sharing       fork\n"
+        f"  isolation     {report_level(tmp_path)}\n"
         "  capabilities  routes, config, auth, mcp, ui\n"
         "  hooks         on_initialize\n"
         "  route         GET    /items/{id}\n"
@@ -666,7 +674,7 @@ def test_no_argument() -> None:
 
 def test_it_is_loaded_without_the_environment_and_leaves_no_process(tmp_path: Path) -> None:
     RIGHT_ENVIRONMENT.make(tmp_path / "p")
-    done = run_hayhost("check", "--json", tmp_path / "p", env={"TOP_SECRET": "s3cr3t"})
+    done = run_hayhost("check", "--json", tmp_path / "p", env={"TOP_SECRET": "s3cr3t", "HAYHOST_ISOLATION": "limited"})
     *names, pid = (route["path"][1:] for route in done.json()["metadata"]["routes"])
     assert sorted(names) == ["HOME", "LANG", "PATH", "TMPDIR"]
     wait_until(lambda: all_gone([int(pid)]), "the plugin's child is gone", limit=2)

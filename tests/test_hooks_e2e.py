@@ -13,6 +13,9 @@ import pytest
 from .conftest import LIMIT, Answer, HostProcess, Serve, all_gone, wait_until, write_plugin
 from .hosting import PREAMBLE, hosting, logged, write_orgs
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 HOOKS = ("on_initialize", "on_start", "on_validate_auth", "on_config_update", "on_disable", "on_stop", "on_enable")
 
 # What goes wrong in a hook is said by the org's config (or by the config or credentials under validation).

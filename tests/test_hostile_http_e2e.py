@@ -18,6 +18,9 @@ from .bystanders import Bystanders, bystanders
 from .conftest import LIMIT, HostProcess, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE, hosting
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 MAX_BODY = 10 << 20
 
 UPLOADS = """

@@ -114,6 +114,7 @@ def test_pyproject_in_full(folder: Path) -> None:
             processes=2,
             files=64,
         ),
+        sharing="fork",
         warnings=(),
     )
 

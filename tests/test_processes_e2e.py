@@ -7,6 +7,9 @@ from pathlib import Path
 
 from .conftest import LIMIT, Answer, Serve, all_gone, routes, wait_until, write_plugin
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 PLUGIN = routes(
     "",
     pid="async def: return {'pid': os.getpid(), 'parent': os.getppid()}",

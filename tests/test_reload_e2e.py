@@ -16,6 +16,9 @@ import pytest
 from .conftest import LIMIT, HostProcess, all_gone, wait_until, write_plugin
 from .reloading import Lab, Pending, replace_file, source
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 GONE = "import os\nos._exit(7)\n"
 
 

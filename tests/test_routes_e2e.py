@@ -17,6 +17,9 @@ import pytest
 from .conftest import LIMIT, Answer, HostProcess, Serve, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE, hosting, logged
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 INTERNAL_ERROR = {"error": "Internal server error"}
 BIG = os.urandom(3 << 20)
 BIG_HEADERS = {"Content-Type": "application/octet-stream"}

@@ -21,6 +21,9 @@ from hayhost.installs import Auth
 from .commands import environment, run_hayhost
 from .conftest import LIMIT, Answer, HostProcess, all_gone, routes, wait_until, write_plugin
 
+# Without namespaces, so that a plugin and the tests call a process by the same number.
+ISOLATION = "confined"
+
 Start = Callable[..., HostProcess]
 
 SECRETS = ("sk_config_5ecret", "sk_auth_5ecret", "sk_host_5ecret")
@@ -617,7 +620,7 @@ def test_nothing_is_left_2_seconds_after_sigkill(start: Start, tmp_path: Path) -
     folder = write_plugin(
         tmp_path / "p", routes("", spin="async def:\n print('spins')\n while True: pass", spawn=spawn)
     )
-    host = start("run", *arguments(folder)).wait_ready()
+    host = start("run", *arguments(folder), "--isolation", "limited").wait_ready()
     child = int(host.get("/spawn").body)
     busy = threading.Thread(target=_broken_off, args=(host,))
     busy.start()
@@ -694,10 +697,11 @@ def test_on_initialize_that_raises(tmp_path: Path) -> None:
     source = "import os\nopen('pid', 'w').write(str(os.getpid()))\nfrom hayhost.sdk import *\n@define_hay_plugin\n"
     source += "class P:\n    name = 'x'\n    def on_initialize(self, ctx): raise RuntimeError('no luck')\n"
     folder = make(tmp_path / "p", source)
-    done = run_hayhost("run", *arguments(folder), "--log-format=json")
+    done = run_hayhost("run", *arguments(folder), "--log-format=json", "--isolation=limited")
     assert done.code == 1
     assert_one_line(done.err, "worker: RuntimeError: no luck")
-    [record] = [json.loads(line) for line in done.err.splitlines() if line.startswith("{")]
+    records = [json.loads(line) for line in done.err.splitlines() if line.startswith("{")]
+    [record] = [record for record in records if record["event"] != "isolation"]
     assert (record["level"], record["reason"]) == ("error", "RuntimeError: no luck")
     assert f'File "{folder}/plugin.py", line 7, in on_initialize' in record["traceback"]
     assert all_gone([int((folder / "pid").read_text())])
@@ -707,7 +711,7 @@ def test_a_taken_port_exits_with_2(tmp_path: Path) -> None:
     folder = make(tmp_path / "p", f"import os\nopen('pid', 'w').write(str(os.getpid()))\n{PLUGIN}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run_hayhost("run", *arguments(folder), f"--port={port}")
+        done = run_hayhost("run", *arguments(folder), f"--port={port}", "--isolation=limited")
     assert done.code == 2
     assert_one_line(done.err, f"cannot listen on 127.0.0.1:{port}: Address already in use")
     assert all_gone([int((folder / "pid").read_text())])
@@ -765,6 +769,7 @@ def test_a_log_that_nobody_reads_any_more(spawn: Callable[..., "subprocess.Popen
     port = free_port()
     process = spawn('exec "$@"', port, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
+    assert b'"isolation"' in process.stdout.readline()
     assert b'"listening"' in process.stdout.readline()
     process.stdout.close()
     wait_until(lambda: answers(port) or process.poll() is not None, "it answers")

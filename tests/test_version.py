@@ -13,6 +13,7 @@ from hayhost.metadata import read_metadata
 from hayhost.processes import Zygote
 from hayhost.version import Version, differences, spec_of
 from sandbox import wire
+from sandbox.confinement import UNCONFINED
 
 MANIFEST = Manifest(
     folder=Path("/plugins/p"),
@@ -26,6 +27,7 @@ MANIFEST = Manifest(
     capabilities=("routes",),
     env=("TOKEN",),
     permissions=Permissions(),
+    sharing="fork",
     warnings=("from the manifest",),
 )
 
@@ -33,7 +35,8 @@ MANIFEST = Manifest(
 class _Zygote:
     """As much of a zygote as a version looks at."""
 
-    def __init__(self, loaded: wire.Loaded) -> None:
+    def __init__(self, loaded: wire.Loaded, threads: int) -> None:
+        self.threads = threads
         self.loaded = SimpleNamespace(result=lambda: loaded)
         self.alive = True
 
@@ -43,7 +46,7 @@ def _version(
 ) -> Version:
     manifest = replace(MANIFEST, version=version)
     encoded = json.dumps(metadata or {}).encode()
-    zygote = _Zygote(wire.Loaded(encoded, ["from the load"], list(hooks), [], threads))
+    zygote = _Zygote(wire.Loaded(encoded, ["from the load"], list(hooks), []), threads)
     return Version(manifest, "digest", cast(Zygote, zygote), read_metadata(encoded, manifest))
 
 
@@ -106,6 +109,13 @@ def test_a_version_that_left_threads_is_strict_and_says_why() -> None:
     assert "2 thread(s)" in strict.strict_reason
 
 
+def test_a_manifest_can_ask_for_strict_sharing() -> None:
+    encoded = b"{}"
+    manifest = replace(MANIFEST, sharing="strict")
+    zygote = cast(Zygote, _Zygote(wire.Loaded(encoded, [], [], []), 1))
+    assert "sharing" in Version(manifest, "digest", zygote, read_metadata(encoded, manifest)).strict_reason
+
+
 def test_a_version_has_the_warnings_and_the_environment_of_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "secret")
     monkeypatch.setenv("OTHER", "secret")
@@ -115,7 +125,7 @@ def test_a_version_has_the_warnings_and_the_environment_of_its_load(monkeypatch:
 
 
 def test_the_spec_has_what_a_zygote_needs_and_no_more() -> None:
-    spec = spec_of(MANIFEST, hook_timeout=3, instrument=True)
+    spec = spec_of(MANIFEST, UNCONFINED, hook_timeout=3, instrument=True)
     assert (spec.folder, spec.entry, spec.name, spec.hook_timeout, spec.instrument) == (
         "/plugins/p",
         "plugin.py",
@@ -123,4 +133,4 @@ def test_the_spec_has_what_a_zygote_needs_and_no_more() -> None:
         3,
         True,
     )
-    assert not spec_of(MANIFEST, hook_timeout=3, instrument=False).instrument
+    assert not spec_of(MANIFEST, UNCONFINED, hook_timeout=3, instrument=False).instrument

@@ -27,6 +27,7 @@ DOWN: list[wire.Message] = [
     wire.Start("acme", "Acme", b"{}", b"null", b"{}", True, 30.0, ""),
     wire.Request(1, 0, "GET", "/", "", ["id", "1"], [("a", "b")], "id", b"", True),
     wire.Body(1, b"more", False),
+    wire.Admitted(),
     wire.Cancel(1),
     wire.Window(1, 1),
     wire.Ping(9),
@@ -35,7 +36,7 @@ DOWN: list[wire.Message] = [
 ]
 ZYGOTE: list[wire.Message] = [
     wire.Hello(wire.VERSION, []),
-    wire.Loaded(b"{}", ["a warning"], ["on_start"], [("import", 1)], 2),
+    wire.Loaded(b"{}", ["a warning"], ["on_start"], [("import", 1)]),
     wire.LoadFailed("why", "traceback"),
     wire.Log("info", "m", b"", "", 0),
     wire.ChildExited(123, -9),
@@ -45,8 +46,10 @@ UNIONS: list[tuple[Any, list[wire.Message]]] = [
     (wire.ToWorker, DOWN),
     (wire.FromZygote, ZYGOTE),
     (wire.ToZygote, [wire.Fork(), wire.Fork(True)]),
-    (wire.FromNursery, [wire.Hello(wire.VERSION, []), wire.ChildExited(1, 0)]),
-    (wire.ToNursery, [wire.SpawnZygote(1, b"pickled")]),
+    (wire.FromNursery, [wire.Hello(wire.VERSION, []), wire.ChildExited(1, 0), wire.Probed({"uid": "no"}, ["/lib"])]),
+    (wire.ToNursery, [wire.SpawnZygote(1, b"pickled"), wire.SpawnZygote(1, b"", True), wire.Probe()]),
+    (wire.FromKeeper, [wire.Hello(wire.VERSION, []), wire.ScratchMade("a", "")]),
+    (wire.ToKeeper, [wire.MakeScratch("a"), wire.DropScratch("a")]),
 ]
 MESSAGES = [message for _, messages in UNIONS for message in messages]
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_METAVARS = {int: "N", float: "SECONDS", str: "ADDRESS"}
+_METAVARS = {int: "N", float: "SECONDS", str: "TEXT", tuple[str, ...]: "FOLDERS"}
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -38,10 +38,12 @@ def _settings(*without: str) -> Callable[[F], F]:
                 function = click.option(switch, name, default=None, help=f"{text}  [default: {default}]")(function)
                 continue
             kind: Any = str
-            if get_origin(hint) is not None and not isinstance(None, hint if isinstance(hint, type) else ()):
-                choices = [value for value in get_args(hint) if isinstance(value, str)]
-                kind = click.Choice(choices) if choices else _FILE
-            default = "" if field.default is None else f"  [default: {_shown(field.default, field.metadata['size'])}]"
+            if get_origin(hint) is Literal:
+                kind = click.Choice(get_args(hint))
+            elif hint == Path | None:
+                kind = _FILE
+            shown_default = _shown(field.default, field.metadata["size"])
+            default = "" if field.default in (None, ()) else f"  [default: {shown_default}]"
             option = f"--{name.replace('_', '-')}"
             shown = None if kind is not str else "SIZE" if field.metadata["size"] else _METAVARS.get(hint)
             function = click.option(option, name, type=kind, default=None, metavar=shown, help=text + default)(function)
@@ -69,6 +71,7 @@ def cli() -> None:
       hayhost new my-plugin          make a plugin that runs, with its test
       hayhost dev .                  serve the plugins of this folder while you write them
       hayhost check my-plugin        load a plugin as the host would, and see all that is wrong
+      hayhost doctor                 what isolation this machine gives, and what to do about the rest
       hayhost serve plugins/         the host
     """
 
@@ -159,6 +162,21 @@ def check(plugin_dir: Path, as_json: bool) -> None:
     from .check import check as run_check
 
     sys.exit(run_check(plugin_dir, as_json))
+
+
+@cli.command()
+@_settings(*(name for name in FIELDS if name not in ("isolation", "require", "layers")))
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object on stdout.")
+def doctor(as_json: bool, config: Path | None, **flags: Any) -> None:
+    """Say what isolation this machine gives, tried for real, and what to do about the rest.
+
+    Exit code 1 below the required level, or if a worker could do what it must not.
+    """
+    from hayhost.settings import load
+
+    from .doctor import doctor as run_doctor
+
+    sys.exit(run_doctor(load(flags, config), as_json))
 
 
 @cli.command()

@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
+from hayhost import settings
 from hayhost.catalog import Plugin
 from hayhost.errors import HostError, ManifestError, PluginLoadError
+from hayhost.isolation import Isolation
 from hayhost.logs import configure, escape
 from hayhost.manifest import read_manifest
 from hayhost.processes import Nursery
@@ -46,9 +48,11 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
         "warnings": list(manifest.warnings),
     }
     nursery = Nursery(lambda: None)
-    await nursery.start()
-    plugin = Plugin(manifest, nursery, hook_timeout=_HOOK_TIMEOUT)
+    isolation = Isolation(settings.load({}))
+    plugin = Plugin(manifest, nursery, isolation, hook_timeout=_HOOK_TIMEOUT)
     try:
+        await nursery.start()
+        await isolation.start(nursery)
         await plugin.load()
         version = plugin.current
         assert version is not None
@@ -58,6 +62,7 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
             "warnings": [*version.warnings, *([strict] if version.strict else [])],
             "hooks": sorted(version.hooks),
             "sharing": "strict" if version.strict else "fork",
+            "isolation": version.level.label,
             "metadata": msgspec.to_builtins(version.metadata),
         }
     except PluginLoadError as error:
@@ -67,6 +72,7 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
     finally:
         plugin.close()
         await nursery.stop()
+        isolation.close()
     return report
 
 
@@ -80,7 +86,7 @@ def _print(report: dict[str, Any]) -> None:
         print(f"  {label:<14}{escape(str(value))}")
 
     print(escape(f"{report.get('name', report['folder'])} {report.get('version', '')}".rstrip()))
-    for key in ("displayName", "category", "sharing"):
+    for key in ("displayName", "category", "sharing", "isolation"):
         if key in report:
             line(key, report[key])
     if "capabilities" in report:

@@ -1,0 +1,139 @@
+"""``hayhost doctor``: what isolation this machine gives, tried for real, and what to do about the rest."""
+
+import asyncio
+import dataclasses
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+
+import hayhost
+from hayhost.api import Api
+from hayhost.errors import HostError
+from hayhost.host import Host
+from hayhost.installs import TestInstalls
+from hayhost.layout import Site
+from hayhost.logs import configure, escape
+from hayhost.manifest import read_manifest
+from hayhost.settings import Settings
+from sandbox.confinement import LAYERS, Level, landlock
+
+__all__ = ["doctor"]
+
+_ABOUT: Final = {
+    "limits": "limits on one process's memory, files and processor time",
+    "landlock": "which files and ports are within reach",
+    "seccomp": "which system calls are",
+    "namespaces": "a private root, process tree and network",
+    "cgroups": "limits on all processes of a worker together",
+    "uid": "a user for each plugin",
+    "inspection": "the host looks at each worker before it trusts it",
+}
+_REMEDIES: Final = {
+    "landlock": "use Linux 5.13 or newer with landlock among its security modules (cat /sys/kernel/security/lsm)",
+    "seccomp": "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER",
+    "namespaces": (
+        "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, "
+        "kernel.apparmor_restrict_unprivileged_userns=0), run as root, or give a container CAP_SYS_ADMIN"
+    ),
+    "cgroups": "run as root, or as a systemd service with Delegate=memory pids cpu",
+    "uid": "run as root: the plugins then do not; keep Python and the plugins where other users can read them",
+}
+_CANARY: Final = Path(hayhost.__file__).parent / "canary"
+
+
+def doctor(settings: Settings, as_json: bool) -> int:
+    """Print what there is; 1 if it is below the required level or a worker could do what it must not."""
+    configure("auto", "error")
+    report = asyncio.run(_report(settings))
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+    else:
+        _print(report)
+    return 0 if report["ok"] else 1
+
+
+async def _report(settings: Settings) -> dict[str, Any]:
+    required = settings.require if settings.isolation == "auto" else settings.isolation
+    settings = dataclasses.replace(settings, require="none", mode="test", port=0, host="127.0.0.1")
+    host = Host(settings, TestInstalls())
+    report: dict[str, Any] = {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "user": "root" if not os.geteuid() else "ordinary user",
+        "landlockAbi": landlock.abi(),
+        "required": required,
+        "level": Level.NONE.label,
+        "ok": False,
+        "layers": [],
+        "canaries": [],
+        "error": None,
+    }
+    try:
+        async with host:
+            isolation = host.isolation
+            report |= {"level": isolation.level.label, "layers": [_layer(layer, host) for layer in LAYERS]}
+            report["canaries"] = await _canaries(host)
+    except HostError as error:
+        report["error"] = str(error)
+    escaped = [canary for canary in report["canaries"] if canary["refused"] is None]
+    enough = Level[report["level"].upper()] >= Level[required.upper()]
+    confined = Level[report["level"].upper()] >= Level.CONFINED
+    report["ok"] = report["error"] is None and enough and not (confined and escaped)
+    return report
+
+
+def _layer(layer: str, host: Host) -> dict[str, Any]:
+    problem = host.isolation.problems.get(layer)
+    in_force = layer in host.isolation.layers
+    return {
+        "layer": layer,
+        "about": _ABOUT[layer],
+        "inForce": in_force,
+        "problem": problem,
+        "remedy": _REMEDIES.get(layer) if problem else None,
+    }
+
+
+async def _canaries(host: Host) -> list[dict[str, Any]]:
+    """What a worker tried, and what refused it."""
+    plugin = host.add(read_manifest(_CANARY))
+    await plugin.load()
+    port = host.listen(Site(host.plugins, host.installs, Api(host.plugins, host.pool)))
+    url = f"http://127.0.0.1:{port}/plugins/{plugin.name}/doctor/?port={port}&pid={os.getpid()}"
+    try:
+        answer = await AsyncHTTPClient().fetch(url, request_timeout=30)
+    except (HTTPClientError, OSError) as error:
+        raise HostError(f"the worker of the canary plugin does not answer: {error}") from None
+    return msgspec.json.decode(answer.body, type=list[dict[str, Any]])
+
+
+def _print(report: dict[str, Any]) -> None:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def paint(code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
+
+    yes, no = paint("32", "yes"), paint("31", "no ")
+    print(f"Linux {report['kernel']} on {report['machine']}, Python {report['python']}, {report['user']}")
+    print(f"isolation: {paint('1', report['level'])} (required: {report['required']})\n")
+    for layer in report["layers"]:
+        print(f"  {yes if layer['inForce'] else no}  {layer['layer']:<11} {layer['about']}")
+        if layer["problem"]:
+            print(f"       {'':<11} {escape(layer['problem'])}")
+            print(f"       {'':<11} {layer['remedy'] or ''}".rstrip())
+    if report["canaries"]:
+        print("\nwhat a worker could do when it tried to:\n")
+    for canary in report["canaries"]:
+        refused = canary["refused"]
+        print(
+            f"  {paint('32', f'refused ({refused})') if refused else paint('31', 'succeeded'):<20} {canary['attempt']}"
+        )
+    if report["error"]:
+        print(f"\n{paint('31', 'error:')} {escape(report['error'])}")
+    print("\n" + (paint("32", "ok") if report["ok"] else paint("31", "not ok")))

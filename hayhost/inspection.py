@@ -1,0 +1,95 @@
+"""The front's look at a new worker from outside, before it is told whose it is.
+
+Code in a zygote can do as it likes between the fork and the worker's first frame, and say what it likes about it. What
+the kernel says of the process it cannot change.
+"""
+
+import os
+import re
+import stat
+from typing import Final
+
+from sandbox.confinement import Plan
+
+__all__ = ["Descriptors", "inspect", "pid_inside", "threads_of"]
+
+Descriptors = frozenset[tuple[int, int]]
+"""Device and inode of each of a worker's descriptors that the front has made."""
+
+_NULL: Final = os.makedev(1, 3)
+# address permissions offset device inode path
+_SHARED: Final = re.compile(rb"^\S+ ..\Ss \S+ (\S+) (\d+) *(.*)$", re.MULTILINE)
+_FILTERS: Final = 2  # the zygote's and the worker's own
+
+
+def _status(pid: int) -> dict[str, str]:
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+
+
+def threads_of(pid: int) -> int:
+    """How many threads a process has; 1 where the kernel does not say."""
+    try:
+        return int(_status(pid)["Threads"])
+    except (OSError, KeyError, ValueError):
+        return 1
+
+
+def pid_inside(pid: int) -> int:
+    """The id of process ``pid`` in its own pid namespace; ``pid`` itself where the kernel does not say."""
+    try:
+        return int(_status(pid)["NSpid"].split()[-1])
+    except (OSError, KeyError, ValueError, IndexError):
+        return pid
+
+
+def inspect(pid: int, plan: Plan, expected: Descriptors, threads: int) -> str:
+    """What is wrong with the worker ``pid``, for an error message; empty if it is as ``plan`` wants it.
+
+    ``threads`` is how many it may have: more than one only if it shares nothing with other workers.
+    """
+    try:
+        return _state(pid, plan, threads) or _descriptors(pid, expected) or _memory(pid, plan)
+    except (OSError, KeyError, ValueError) as error:
+        return f"it cannot be inspected: {error}"
+
+
+def _state(pid: int, plan: Plan, threads: int) -> str:
+    status = _status(pid)
+    if int(status["Threads"]) > threads:
+        return f"it has {status['Threads']} threads before it was told to start any"
+    if int(status["CapPrm"], 16) or int(status["CapEff"], 16):
+        return "it has privileges that it was to give up"
+    if status["NoNewPrivs"] != "1":
+        return "it may gain privileges"
+    if plan.uid is not None and set(map(int, status["Uid"].split() + status["Gid"].split())) != {plan.uid}:
+        return "it does not run as its own user"
+    if "seccomp" in plan.layers and (
+        status["Seccomp"] != "2" or int(status.get("Seccomp_filters", _FILTERS)) < _FILTERS
+    ):
+        return "its system calls are not filtered as they should be"
+    return ""
+
+
+def _descriptors(pid: int, expected: Descriptors) -> str:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in expected or (stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL):
+            continue
+        return f"it has an open descriptor of its zygote's ({os.readlink(path)})"
+    return ""
+
+
+def _memory(pid: int, plan: Plan) -> str:
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        maps = file.read()
+    scratch = os.fsencode(plan.scratch)
+    for device, inode, path in _SHARED.findall(maps):
+        # A file that could be opened for reading only cannot become writable memory; anything else can.
+        if inode == b"0" or device == b"00:01" or path.endswith(b" (deleted)") or (scratch and scratch in path):
+            return (
+                f"importing the plugin left memory that all its workers would share ({path.decode(errors='replace')}); "
+                "make shared memory in on_start or later"
+            )
+    return ""

@@ -1,0 +1,314 @@
+"""How the workers of this host are confined: what the machine gives, what was asked for, and each plugin's plan."""
+
+import asyncio
+import functools
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sandbox.confinement import LAYERS, MINIMAL_ENVIRONMENT, UNCONFINED, Layer, Level, Plan, landlock, level_of, seccomp
+from sandbox.confinement.cgroups import Cgroups, find
+from sandbox.confinement.limits import limits_of
+from sandbox.confinement.namespaces import SCRATCH
+
+from .errors import HostError, SettingsError
+from .inspection import Descriptors, inspect
+from .logs import get_logger
+from .manifest import Manifest
+from .processes import Nursery
+from .scratch import Folders
+from .settings import Settings
+
+__all__ = ["Isolation", "Quarters", "programs_of"]
+
+# What one worker gets unless its manifest says otherwise.
+_MEMORY: Final = 512 << 20
+_PROCESSES: Final = 256  # threads count: a busy worker has one for each request in a handler that blocks
+_FILES: Final = 1024
+_SCRATCH: Final = 64 << 20
+_PROCESSORS: Final = 1.0
+
+_SYSTEM: Final = (
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/local/share/ca-certificates",
+    "/usr/share/ca-certificates",
+    "/usr/share/locale",
+    "/usr/share/mime",
+    "/usr/share/zoneinfo",
+    "/etc/alternatives",
+    "/etc/ca-certificates",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/mime.types",
+    "/etc/pki",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/etc/timezone",
+)
+_FOR_PROGRAMS: Final = ("/usr/share",)
+# Users of plugins are taken from here at random: far from any that an administrator gives out.
+_UIDS: Final = (1 << 30, 1 << 31)
+_REMOVE_AGAIN: Final = 0.05
+_REMOVE_TRIES: Final = 100
+_MOVERS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Quarters:
+    """What one worker has to itself: ``name`` is that of its scratch folder, its cgroup and nothing else."""
+
+    name: str
+    scratch: str
+
+
+class Isolation:
+    """The layers that are in force on this host, and the parts of them that the front keeps."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.layers: frozenset[Layer] = frozenset()
+        self.problems: dict[str, str] = {}
+        """By layer, why this machine does not give it."""
+        self.folders = Folders()
+        self._settings = settings
+        self._interpreter: tuple[str, ...] = ()
+        self._cgroups: Cgroups | None = None
+        self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="cgroups")
+
+    @property
+    def level(self) -> Level:
+        """The level that the layers in force amount to."""
+        return level_of(self.layers)
+
+    async def start(self, nursery: Nursery) -> None:
+        """Find out what there is, and decide. Raises ``SettingsError`` below the level that is required."""
+        probed = await nursery.probe()
+        self._decide(probed.problems, probed.interpreter)
+
+    def _decide(self, problems: dict[str, str], interpreter: Iterable[str]) -> None:
+        self._interpreter = tuple(interpreter)
+        self.problems = {layer: problem for layer, problem in problems.items() if problem}
+        wanted, required = _wanted(self._settings)
+        if "cgroups" in wanted:
+            try:
+                self._cgroups = find(f"hayhost-{os.getpid()}-{secrets.token_hex(4)}", os.getpid())
+            except OSError as error:
+                self.problems["cgroups"] = str(error)
+        hidden = next((path for path in self._interpreter if not _passable(path)), "")
+        if hidden and "namespaces" not in wanted - self.problems.keys() and "uid" in wanted - self.problems.keys():
+            self.problems["uid"] = f"other users cannot reach {hidden}, and without namespaces it stays where it is"
+        self.layers = frozenset(wanted - self.problems.keys())
+        if self.level < required:
+            self.close()
+            raise SettingsError(_refusal(self.level, required, self.problems))
+        if "namespaces" not in self.layers:
+            try:
+                self.folders.open(shared="uid" in self.layers)
+            except OSError as error:
+                raise HostError(f"no folder for the workers' scratch folders can be made: {error}") from None
+
+    def log(self) -> None:
+        """Say what is in force, and what is not and why."""
+        record = get_logger().info if self.level >= Level.CONFINED else get_logger().warning
+        missing = {f"no_{layer}": problem for layer, problem in sorted(self.problems.items())}
+        record("isolation", isolation=self.level.label, layers=",".join(sorted(self.layers)), **missing)
+
+    def plan(self, manifest: Manifest) -> Plan:
+        """The confinement of the plugin of ``manifest``. Raises ``HostError`` if a command that it names is missing."""
+        if not self.layers:
+            return UNCONFINED
+        permissions = manifest.permissions
+        programs = tuple(path for command in permissions.subprocess for path in programs_of(command, manifest.folder))
+        layers = self.layers
+        if "uid" in layers and (private := _private(manifest)):
+            layers -= {"uid"}
+            get_logger().warning(
+                "the plugin gets no user of its own: other users cannot read its files (chmod -R o+rX helps)",
+                plugin=manifest.name,
+                file=private,
+            )
+            if level_of(layers) < _wanted(self._settings)[1]:
+                raise HostError(f"other users cannot read {private}, and isolation requires a user of its own for it")
+        namespaces = "namespaces" in layers
+        uid = _UIDS[0] + secrets.randbelow(_UIDS[1] - _UIDS[0]) if "uid" in layers else None
+        abi = landlock.abi() if "landlock" in layers else 0
+        rules = seccomp.Rules(
+            subprocess=bool(programs),
+            private_root=namespaces,
+            scoped_signals=namespaces or abi >= landlock.SIGNALS_SCOPED,
+            truncate=namespaces or abi >= landlock.TRUNCATE_GOVERNED,
+        )
+        trees = (str(manifest.folder), *self._interpreter, *_SYSTEM, *programs, *(_FOR_PROGRAMS if programs else ()))
+        filtered = "seccomp" in layers
+        return Plan(
+            layers=layers,
+            trees=tuple(dict.fromkeys(trees)),
+            writable=tuple(self._settings.writable),
+            programs=programs,
+            scratch=SCRATCH if namespaces else self.folders.path,
+            scratch_size=_SCRATCH,
+            limits=limits_of(
+                memory=permissions.memory or _MEMORY,
+                files=permissions.files or _FILES,
+                file_size=_SCRATCH,
+                cpu_seconds=permissions.cpu_seconds,
+                processes=None,
+            )
+            if "limits" in layers
+            else (),
+            uid=uid,
+            zygote_filter=seccomp.zygote_filter(rules) if filtered else b"",
+            worker_filter=seccomp.worker_filter(rules) if filtered else b"",
+        )
+
+    def admit(self, pid: int, plan: Plan, expected: Descriptors, threads: int) -> str:
+        """Look at a new worker; why it cannot be admitted, or empty."""
+        return inspect(pid, plan, expected, threads) if "inspection" in plan.layers else ""
+
+    async def contain(self, name: str, pid: int, manifest: Manifest, plan: Plan) -> str:
+        """Put a worker into a cgroup of its own; why that failed, or empty.
+
+        It takes the kernel many milliseconds to move a process, so a thread waits for it, and no request does.
+        """
+        if self._cgroups is None or "cgroups" not in plan.layers:
+            return ""
+        permissions = manifest.permissions
+        add = functools.partial(
+            self._cgroups.add,
+            name,
+            pid,
+            memory=permissions.memory or _MEMORY,
+            processes=permissions.processes or _PROCESSES,
+            processors=_PROCESSORS,
+        )
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._movers, add)
+        except OSError as error:
+            return f"it cannot be put into a cgroup: {error}"
+        return ""
+
+    def ran_out(self, name: str, manifest: Manifest) -> str:
+        """What to tell the author of a worker that was killed because of its memory; empty if it was not."""
+        if self._cgroups is None or not self._cgroups.ran_out(name):
+            return ""
+        memory = (manifest.permissions.memory or _MEMORY) >> 20
+        return f"it used more than its {memory} MiB of memory; permissions.memory in the manifest can ask for more"
+
+    def left(self, name: str) -> None:
+        """The worker with these quarters is gone."""
+        if self._cgroups is not None and not self._cgroups.remove(name):
+            asyncio.get_running_loop().call_later(_REMOVE_AGAIN, self._remove, name, _REMOVE_TRIES)
+
+    def _remove(self, name: str, tries: int) -> None:
+        """Remove the cgroup of a worker that was not reaped yet when its end was seen."""
+        if self._cgroups is not None and not self._cgroups.remove(name) and tries:
+            asyncio.get_running_loop().call_later(_REMOVE_AGAIN, self._remove, name, tries - 1)
+
+    @property
+    def measures(self) -> bool:
+        """Whether nothing but ``oversized`` bounds the scratch folders."""
+        return bool(self.folders.path)
+
+    def oversized(self, names: Iterable[str]) -> list[str]:
+        """The scratch folders among ``names`` that have grown too large. Walks them: not for the event loop."""
+        return [name for name in names if self.folders.size(name) > _SCRATCH]
+
+    def close(self) -> None:
+        """Give back what the front keeps of it. Closing twice is safe."""
+        self.folders.close()
+        self._movers.shutdown()
+        if self._cgroups is not None:
+            self._cgroups.close()
+            self._cgroups = None
+
+
+def _wanted(settings: Settings) -> tuple[frozenset[Layer], Level]:
+    """The layers that are asked for, and the level that is required."""
+    required = Level[settings.require.upper()]
+    if settings.layers != "auto":
+        names = {name.strip() for name in settings.layers.split(",")} - {"", "none"}
+        if unknown := sorted(names - set(LAYERS)):
+            raise SettingsError(
+                f"layers: {', '.join(unknown)}: no such layer; there are {', '.join(LAYERS)}, and auto and none"
+            )
+        return frozenset(layer for layer in LAYERS if layer in names), Level.NONE
+    if settings.isolation == "auto":
+        return frozenset(LAYERS), required
+    level = Level[settings.isolation.upper()]
+    inspection: frozenset[Layer] = frozenset({"inspection"} if level.layers else ())
+    return level.layers | inspection, level  # asked for by name, it is had or nothing is started
+
+
+def _refusal(level: Level, required: Level, problems: dict[str, str]) -> str:
+    lines = [f"plugins would be isolated at the level {level.label} only, and {required.label} is required"]
+    lines += [f"  {layer}: {problem}" for layer, problem in sorted(problems.items()) if layer in required.layers]
+    lines.append("`hayhost doctor` says what to do about it; --require LEVEL or --isolation LEVEL asks for less")
+    return "\n".join(lines)
+
+
+def _passable(path: str) -> bool:
+    """Whether any user can get at ``path``."""
+    here = Path(os.path.realpath(path))
+    try:
+        if not here.stat().st_mode & stat.S_IROTH:
+            return False
+        return all(parent.stat().st_mode & stat.S_IXOTH for parent in here.parents)
+    except OSError:
+        return True  # it does not exist, so nobody needs it
+
+
+def _private(manifest: Manifest) -> str:
+    """A file or folder that the plugin needs and other users cannot read; empty if there is none."""
+    entry = manifest.folder / (manifest.entry if manifest.entry.endswith(".py") else "")
+    for path in {manifest.folder, manifest.file, entry}:
+        mode = path.stat().st_mode
+        if not mode & stat.S_IROTH or (path.is_dir() and not mode & stat.S_IXOTH):
+            return str(path)
+    return ""
+
+
+def programs_of(command: str, folder: Path) -> Iterator[str]:
+    """The files that must be executable for ``command`` to run: itself, its interpreter, the dynamic loader.
+
+    Raises ``HostError`` if there is no such command.
+    """
+    found = shutil.which(command, path=MINIMAL_ENVIRONMENT["PATH"]) if os.sep not in command else None
+    path = found or os.path.join(folder, command)
+    if (os.sep not in command and found is None) or not os.path.isfile(path):
+        raise HostError(f"permissions.subprocess: there is no command {command!r} on this machine")
+    yield from _needed(path)
+
+
+def _needed(path: str, depth: int = 4) -> Iterator[str]:
+    yield path
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"#!") and depth:
+        words = os.fsdecode(head[2:].partition(b"\n")[0]).split()
+        for word in words[: 2 if words and os.path.basename(words[0]) == "env" else 1]:
+            if (interpreter := shutil.which(word, path=MINIMAL_ENVIRONMENT["PATH"])) is not None:
+                yield from _needed(interpreter, depth - 1)
+    elif head.startswith(b"\x7fELF") and (loader := _loader(head)) is not None:
+        yield loader
+
+
+def _loader(head: bytes) -> str | None:
+    """The dynamic loader that a 64-bit ELF file names (elf(5), PT_INTERP)."""
+    offset, size, count = (
+        int.from_bytes(head[at : at + length], "little") for at, length in ((32, 8), (54, 2), (56, 2))
+    )
+    for index in range(count):
+        entry = head[offset + index * size :][:size]
+        if int.from_bytes(entry[:4], "little") == 3:
+            start, length = int.from_bytes(entry[8:16], "little"), int.from_bytes(entry[32:40], "little")
+            return os.fsdecode(head[start : start + length].rstrip(b"\0")) or None
+    return None

@@ -1,0 +1,80 @@
+"""The keeper: the first process in the namespaces of a loaded plugin. Trusted code only; it runs none of the plugin's.
+
+Whatever loses its parent in there becomes its child, and all of them end with it. It makes the workers' scratch
+folders, as nobody else in there may mount anything, and leaves when the last process that it keeps has gone.
+"""
+
+import os
+import select
+import socket
+from typing import NoReturn
+
+from . import processes, wire
+from .confinement import Plan, namespaces, privileges
+from .confinement.descriptors import close_all_but
+
+__all__ = ["split"]
+
+_CAP_SYS_ADMIN = 1 << 21
+
+
+def split(plan: Plan, control: int, keeper: int) -> None:
+    """Move into new namespaces. Returns in the process that is to be the zygote; the one that called is gone.
+
+    Raises ``OSError`` if there can be no namespaces, in the process that is to say so on ``control``.
+    """
+    namespaces.unshare()
+    if os.fork():
+        os._exit(0)  # what counts is the child, the first in its process tree; the nursery takes it over
+    os.setsid()
+    namespaces.enter(plan.trees, plan.writable)
+    owner = (os.geteuid(), os.getegid()) if plan.uid is None else (plan.uid, plan.uid)
+    scratches = namespaces.Scratches(plan.scratch_size, *owner)
+    if os.fork():
+        os.close(control)
+        _keep(socket.socket(fileno=keeper), scratches)
+    os.setsid()
+
+
+def _keep(sock: socket.socket, scratches: namespaces.Scratches) -> NoReturn:
+    processes.set_name("hay-keeper")
+    close_all_but({sock.fileno(), scratches.folder})
+    wake = processes.wake_on_child()
+    privileges.drop_capabilities(_CAP_SYS_ADMIN)
+    privileges.forbid_new()
+    decoder: wire.Decoder[wire.ToKeeper] = wire.Decoder(wire.ToKeeper)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    poll.register(wake, select.POLLIN)
+    _send(sock, wire.Hello(wire.VERSION, []))
+    while processes.has_children():
+        for descriptor, _ in poll.poll():
+            if descriptor == wake:
+                os.read(wake, 4096)
+                for _ in processes.reap():
+                    pass
+                continue
+            data = processes.receive(sock, 1 << 16, [])
+            if not data:
+                poll.unregister(sock)  # the version serves no more; its last workers still do
+            for message in decoder.feed(data):
+                if isinstance(message, wire.MakeScratch):
+                    _send(sock, wire.ScratchMade(message.name, _made(scratches, message.name)))
+                else:
+                    scratches.drop(message.name)
+    os._exit(0)
+
+
+def _made(scratches: namespaces.Scratches, name: str) -> str:
+    try:
+        scratches.make(name)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _send(sock: socket.socket, message: wire.Message) -> None:
+    try:
+        sock.sendall(wire.encode(message))
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # nobody asks any more

@@ -1,0 +1,417 @@
+"""How workers are isolated: the levels, what still works at each, and what the manifest's permissions change."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.confinement import Level
+from sandbox.confinement.probes import probe
+
+from .commands import run_hayhost
+from .conftest import LIMIT, HostProcess, Serve, routes, wait_until, write_plugin
+from .hosting import hosting
+
+PROBLEMS = probe()
+CGROUPS = "no cgroups" if os.geteuid() else ""
+
+
+def _available(level: Level) -> bool:
+    return not any(PROBLEMS.get(layer, CGROUPS if layer == "cgroups" else "") for layer in level.layers)
+
+
+LEVELS = [level.label for level in Level if level and _available(level)]
+
+HONEST = routes(
+    "import tempfile",
+    asyncio="""async def:
+        import asyncio
+        async def one(number):
+            await asyncio.sleep(0)
+            return number
+        assert sum(await asyncio.gather(*map(one, range(100)))) == 4950
+        return str(await asyncio.to_thread(sum, [1, 2]))
+    """,
+    threads="""def:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(16) as pool:
+            return str(sum(pool.map(lambda n: n, range(100))))
+    """,
+    ssl="""def:
+        import ssl
+        context = ssl.create_default_context()
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_hostname="example.com")
+        try:
+            tls.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        return str(len(outgoing.read()) > 100 and len(context.get_ca_certs()) > 10)
+    """,
+    sqlite="""def:
+        import sqlite3
+        with tempfile.TemporaryDirectory() as folder:
+            database = sqlite3.connect(folder + "/data.db")
+            mode, = database.execute("pragma journal_mode=wal").fetchone()
+            database.execute("create table t (n)")
+            with database:
+                database.executemany("insert into t values (?)", [(n,) for n in range(1000)])
+            total, = database.execute("select sum(n) from t").fetchone()
+            database.close()
+            return f"{mode} {total}"
+    """,
+    files="""def:
+        import shutil
+        with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"x" * 100_000)
+            file.flush()
+            os.mkdir(folder + "/deep")
+            os.link(file.name, folder + "/deep/link")
+            os.rename(folder + "/deep/link", folder + "/moved")
+            os.symlink("moved", folder + "/symbolic")
+            with open(__file__) as own:
+                assert "tempfile" in own.read()
+            return str(os.stat(folder + "/symbolic").st_size) + os.environ["HOME"].replace(tempfile.gettempdir(), " ok")
+    """,
+    numpy="""def:
+        import numpy
+        return str(int((numpy.ones((200, 200)) @ numpy.ones((200, 200))).sum()))
+    """,
+    pydantic="""def:
+        from pydantic import BaseModel
+        class Point(BaseModel):
+            x: int
+        return Point(x="3").model_dump_json()
+    """,
+    zoneinfo="""def:
+        from datetime import datetime
+        from zoneinfo import ZoneInfo
+        return datetime(2026, 7, 1, tzinfo=ZoneInfo("Europe/Berlin")).isoformat()
+    """,
+    locale="""def:
+        import locale
+        return locale.setlocale(locale.LC_ALL, "C.UTF-8") + locale.str(1.5)
+    """,
+    misc="""def:
+        import hashlib, mmap, multiprocessing, platform, random, secrets, socket, uuid
+        a, b = socket.socketpair()
+        a.send(b"x")
+        mmap.mmap(-1, 4096).close()
+        assert len({uuid.uuid4(), uuid.uuid4()}) == 2 and secrets.token_hex() and random.random()
+        return b.recv(1).decode() + str(os.cpu_count() > 0) + platform.system() + hashlib.sha256(b"").hexdigest()[:4]
+    """,
+)
+WORKS = {
+    "asyncio": "3",
+    "threads": "4950",
+    "ssl": "True",
+    "sqlite": "wal 499500",
+    "files": "100000 ok",
+    "numpy": "8000000",
+    "pydantic": '{"x":3}',
+    "zoneinfo": "2026-07-01T00:00:00+02:00",
+    "locale": "C.UTF-81.5",
+    "misc": "xTrueLinuxe3b0",
+}
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcess]:
+    """A host at each level that this machine gives."""
+    folder = tmp_path_factory.mktemp("plugins")
+    write_plugin(folder / "p", HONEST)
+    with hosting(folder, "--isolation", request.param) as host:
+        host.level = request.param  # type: ignore[attr-defined]  # for the tests below
+        yield host
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_what_honest_plugins_use_works(host: HostProcess, name: str) -> None:
+    answer = host.get(f"/plugins/p/acme/{name}")
+    assert (answer.status, answer.body.decode()) == (200, WORKS[name]), host.log
+
+
+def test_the_level_is_shown_in_health_and_in_the_log(host: HostProcess) -> None:
+    level = host.level  # type: ignore[attr-defined]
+    assert host.health("p", "nobody")["isolation"] == level
+    assert host.get("/plugins/p/acme/asyncio").status == 200
+    assert host.health("p", "acme")["isolation"] == level
+    [record] = [record for record in host.records() if record["event"] == "isolation"]
+    assert record["isolation"] == level
+
+
+# ---- levels
+
+
+# A user namespace in which there can be no further one, and a user without privileges in it: as in most containers.
+CONTAINER = """
+import ctypes, os, sys
+uid, gid = os.geteuid(), os.getegid()
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+for file, text in ("setgroups", "deny"), ("uid_map", f"4242 {uid} 1"), ("gid_map", f"4242 {gid} 1"):
+    open(f"/proc/self/{file}", "w").write(text)
+open("/proc/sys/user/max_user_namespaces", "w").write("0")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+IN_CONTAINER = [sys.executable, "-c", CONTAINER]
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Iterator[Callable[..., HostProcess]]:
+    """``container(folder, *options)``: a host where namespaces are refused."""
+    if PROBLEMS["namespaces"]:
+        pytest.skip(f"namespaces are refused here anyway: {PROBLEMS['namespaces']}")
+    started: list[HostProcess] = []
+
+    def begin(folder: Path, *options: str) -> HostProcess:
+        arguments = ["serve", str(folder), "--mode", "test", "--port", "0", "--log-format", "json", *options]
+        started.append(HostProcess(arguments, prefix=IN_CONTAINER))
+        return started[-1]
+
+    yield begin
+    for host in started:
+        host.kill()
+
+
+def test_where_namespaces_are_refused_it_is_confined(container: Callable[..., HostProcess], tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", HONEST)
+    host = container(tmp_path).wait_ready()
+    assert host.get("/plugins/p/acme/sqlite").body == b"wal 499500"
+    assert host.health("p", "acme")["isolation"] == "confined"
+    [record] = [record for record in host.records() if record["event"] == "isolation"]
+    assert "no_namespaces" in record
+
+
+def test_below_the_required_level_it_does_not_start(container: Callable[..., HostProcess], tmp_path: Path) -> None:
+    for options in (["--require", "namespaced"], ["--isolation", "namespaced"]):
+        host = container(tmp_path, *options)
+        assert host.process.wait(LIMIT) == 1
+        assert "at the level confined only, and namespaced is required" in host.log
+        assert "hayhost doctor" in host.log
+
+
+def test_layers_by_hand_are_no_level(tmp_path: Path) -> None:
+    report = run_hayhost("doctor", "--json", "--layers", "limits,landlock", "--require", "confined")
+    assert (report.code, report.json()["level"]) == (1, "limited")
+
+
+def test_a_layer_that_there_is_not(tmp_path: Path) -> None:
+    done = run_hayhost("serve", tmp_path, "--mode=test", "--port=0", "--layers=landlock,magic")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("hayhost: layers: magic: no such layer; there are limits, landlock,")
+
+
+# ---- permissions
+
+
+def grants(**permissions: object) -> str:
+    """The table of a manifest."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in permissions.items()]
+    return "\n[tool.hay-plugin.permissions]\n" + "\n".join(lines) + "\n"
+
+
+SPAWN = routes(
+    "import subprocess",
+    true="def:\n return str(subprocess.run(['true']).returncode)",
+    sh="def:\n return subprocess.run(['sh', '-c', 'echo $((1 + 1)) > $TMPDIR/x; cat $TMPDIR/x'], capture_output=True)"
+    ".stdout.decode()",
+    shell="def:\n return str(os.system('true'))",
+    fork="def:\n return str(os.fork())",
+    aio="async def:\n process = await asyncio.create_subprocess_exec('true')\n return str(await process.wait())",
+)
+
+
+@pytest.mark.parametrize("name", ["true", "shell", "fork", "aio"])
+def test_programs_are_refused_with_the_permission_to_ask_for(serve: Serve, tmp_path: Path, name: str) -> None:
+    write_plugin(tmp_path / "p", SPAWN)
+    host = serve()
+    assert host.get(f"/plugins/p/acme/{name}").status == 500
+    host.wait_for_log("permissions.subprocess = [")
+    assert host.health("p", "acme")["state"] == "ready"
+
+
+def test_programs_that_are_listed_run_and_others_do_not(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", SPAWN, extra=grants(subprocess=["true"]))
+    host = serve()
+    assert host.get("/plugins/p/acme/true").body == b"0", host.log
+    assert host.get("/plugins/p/acme/aio").body == b"0", host.log
+    assert host.get("/plugins/p/acme/sh").status == 500
+    host.wait_for_log("lists in permissions.subprocess")
+
+
+def test_a_command_that_there_is_not(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", SPAWN, extra=grants(subprocess=["no-such-command"]))
+    [error] = run_hayhost("check", "--json", tmp_path / "p").json()["errors"]
+    assert error == "permissions.subprocess: there is no command 'no-such-command' on this machine"
+
+
+def test_python_as_a_program(serve: Serve, tmp_path: Path) -> None:
+    source = routes(
+        "import subprocess",
+        run="def:\n return subprocess.run(['/usr/bin/env', 'python3', '-c', 'print(6 * 7)'], capture_output=True,"
+        " text=True, check=True).stdout",
+    )
+    write_plugin(tmp_path / "p", source, extra=grants(subprocess=["/usr/bin/env", "python3"]))
+    host = serve()
+    assert host.get("/plugins/p/acme/run").body == b"42\n", host.log
+
+
+LIMITS = routes(
+    "HELD = []",
+    memory="def:\n for _ in range(64): HELD.append(b'x' * (16 << 20))\n return 'got it'",
+    descriptors="def:\n try:\n  while True: HELD.append(open('/dev/null'))\n finally: n = len(HELD); HELD.clear()",
+    threads="""def:
+        gate = threading.Event()
+        started = []
+        try:
+            for _ in range(400):
+                started.append(threading.Thread(target=gate.wait))
+                started[-1].start()
+        finally:
+            gate.set()
+    """,
+    spin="async def:\n while True: pass",
+    fill="def:\n open(os.environ['TMPDIR'] + '/big', 'wb').write(bytes(80 << 20))",
+    pid="async def:\n return str(os.getpid())",
+)
+
+
+def crashed(host: HostProcess) -> str:
+    """Why the worker of acme died last, once it has."""
+    reason: str = wait_until(lambda: host.health("p", "acme")["lastError"], "the worker has died")
+    return reason
+
+
+def test_memory_is_limited_and_the_author_told(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", LIMITS, extra=grants(memory="64MiB"))
+    host = serve()
+    answer = host.get("/plugins/p/acme/memory")
+    assert answer.status in (500, 502)
+    if answer.status == 500:
+        host.wait_for_log("permissions.memory in the manifest")
+    else:
+        wait_until(lambda: "permissions.memory" in crashed(host), "the reason is known")
+    assert host.get("/plugins/p/acme/pid").status == 200
+
+
+def test_descriptors_are_limited_and_the_author_told(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", LIMITS, extra=grants(files=64))
+    host = serve()
+    assert host.get("/plugins/p/acme/descriptors").status == 500
+    host.wait_for_log("permissions.files in the manifest")
+    assert host.get("/plugins/p/acme/pid").status == 200
+
+
+def test_threads_are_limited_and_the_author_told(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", LIMITS, extra=grants(processes=32))
+    host = serve()
+    assert host.get("/plugins/p/acme/threads").status == 500
+    host.wait_for_log("permissions.processes in the manifest")
+    assert host.get("/plugins/p/acme/pid").status == 200
+
+
+def test_processor_time_is_limited(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", LIMITS, extra=grants(cpu_seconds=1))
+    host = serve()
+    assert host.get("/plugins/p/acme/spin").status == 502
+    assert host.get("/plugins/p/acme/pid").status == 200
+
+
+def test_the_scratch_folder_is_limited(serve: Serve, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", LIMITS)
+    host = serve()
+    assert host.get("/plugins/p/acme/fill").status == 500
+    host.wait_for_log("a worker's scratch folder holds 64 MiB")
+    assert host.get("/plugins/p/acme/pid").status == 200
+
+
+# ---- strict sharing
+
+
+def test_strict_workers_are_programs_of_their_own(serve: Serve, tmp_path: Path) -> None:
+    source = routes("", where="async def:\n return {'hash': hash('x'), 'address': id(sys), 'pid': os.getpid()}")
+    write_plugin(tmp_path / "p", source, extra='sharing = "strict"\n')
+    host = serve()
+    first, second = (host.get(f"/plugins/p/{org}/where").json() for org in ("a", "b"))
+    assert first["hash"] != second["hash"]
+    assert first["address"] != second["address"]
+    health = host.health("p", "a")
+    assert (health["sharing"], health["sharingReason"]) == ("strict", 'its manifest says sharing = "strict"')
+
+
+# ---- the scratch folder
+
+
+SCRATCH = routes(
+    "",
+    leave="def:\n open(os.environ['TMPDIR'] + '/left', 'w').write(req.ctx.org.id)",
+    look="def:\n return {'own': os.listdir(os.environ['TMPDIR']), 'folder': os.environ['TMPDIR']}",
+    die="async def:\n os._exit(3)",
+)
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "limited"])
+def test_a_scratch_folder_is_the_workers_own_and_goes_with_it(tmp_path: Path, level: str) -> None:
+    write_plugin(tmp_path / "p", SCRATCH)
+    with hosting(tmp_path, "--isolation", level) as host:
+        for org in ("a", "b"):
+            assert host.get(f"/plugins/p/{org}/leave").status == 204
+        first, second = (host.get(f"/plugins/p/{org}/look").json() for org in ("a", "b"))
+        assert first["own"] == second["own"] == ["left"]
+        assert first["folder"] != second["folder"]
+        assert host.get("/plugins/p/a/die").status == 502
+        again = host.get("/plugins/p/a/look").json()
+        assert again["own"] == []
+        assert again["folder"] != first["folder"]
+        wait_until(lambda: not os.path.exists(first["folder"]), "the folder of the dead worker is gone")
+        base = Path(second["folder"]).parent
+        host.stop()
+        assert not base.exists() or base == Path("/scratch")
+
+
+def test_the_folders_of_a_killed_host_are_removed_by_the_next(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", SCRATCH)
+    folders = []
+    for _ in range(2):
+        with hosting(tmp_path, "--isolation", "confined") as host:
+            assert host.get("/plugins/p/a/leave").status == 204
+            folders.append(Path(host.get("/plugins/p/a/look").json()["folder"]).parent)
+            assert [folder.exists() for folder in folders] == [False, True][-len(folders) :]
+            host.kill()
+    shutil.rmtree(folders[-1])
+
+
+# ---- doctor
+
+
+def test_doctor_says_what_there_is() -> None:
+    done = run_hayhost("doctor", "--json")
+    report: dict[str, Any] = done.json()
+    assert (done.code, report["ok"], report["level"]) == (0, True, LEVELS[-1])
+    assert {layer["layer"] for layer in report["layers"]} >= {"landlock", "seccomp", "namespaces", "cgroups", "uid"}
+    assert len(report["canaries"]) >= 8
+    assert all(canary["refused"] for canary in report["canaries"])
+
+
+def test_doctor_fails_if_a_worker_can_do_what_it_must_not() -> None:
+    done = run_hayhost("doctor", "--json", "--layers", "limits,landlock", "--require", "none")
+    succeeded = {canary["attempt"] for canary in done.json()["canaries"] if not canary["refused"]}
+    assert {"make a user namespace", "watch files of the machine"} <= succeeded
+    done = run_hayhost("doctor", "--layers", "limits,landlock", "--require", "none")
+    assert "succeeded" in done.out
+
+
+def test_doctor_for_people() -> None:
+    done = run_hayhost("doctor")
+    assert done.code == 0
+    assert f"isolation: {LEVELS[-1]} (required: confined)" in done.out
+    assert done.out.splitlines()[-1] == "ok"
+    assert (
+        subprocess.run([sys.executable, "-m", "hayhost", "doctor", "--require", "magic"], check=False).returncode == 2
+    )
