@@ -33,6 +33,7 @@ SETS: Final = {
 }
 """What is measured, and the layers that are in force there."""
 
+
 def measure(hosts: dict[str, Host], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of the first request to each of ``rounds`` orgs, by host, in turn."""
     times: dict[str, list[float]] = {name: [] for name in hosts}

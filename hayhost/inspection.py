@@ -4,9 +4,14 @@ Code in a zygote can do as it likes between the fork and the worker's first fram
 the kernel says of the process it cannot change.
 """
 
+import ctypes
+import errno
+import fcntl
 import os
 import re
 import stat
+import struct
+from collections.abc import Iterator
 from typing import Final
 
 from sandbox.confinement import Plan
@@ -19,6 +24,12 @@ Descriptors = frozenset[tuple[int, int]]
 _NULL: Final = os.makedev(1, 3)
 # address permissions offset device inode path
 _SHARED: Final = re.compile(rb"^\S+ ..\Ss \S+ (\S+) (\d+) *(.*)$", re.MULTILINE)
+_SHMEM: Final = (0, 1)  # the kernel's own file system for memory without a name
+# ioctl_procfs(2): PROCMAP_QUERY asks for the next mapping of a kind, where the text has them all.
+_PROCMAP_QUERY: Final = 0xC0686611
+_QUERY: Final = struct.Struct("=9Q4I2Q")
+_QUERY_SHARED, _QUERY_NEXT = 0x08, 0x10
+_NAME: Final = 4096
 _FILTERS: Final = 2  # the zygote's and the worker's own
 
 
@@ -74,7 +85,10 @@ def _state(pid: int, plan: Plan, threads: int) -> str:
 def _descriptors(pid: int, expected: Descriptors) -> str:
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            continue  # closed meanwhile
         if (status.st_dev, status.st_ino) in expected or (stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL):
             continue
         return f"it has an open descriptor of its zygote's ({os.readlink(path)})"
@@ -82,14 +96,42 @@ def _descriptors(pid: int, expected: Descriptors) -> str:
 
 
 def _memory(pid: int, plan: Plan) -> str:
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        maps = file.read()
     scratch = os.fsencode(plan.scratch)
-    for device, inode, path in _SHARED.findall(maps):
+    for device, inode, path in _shared(pid):
         # A file that could be opened for reading only cannot become writable memory; anything else can.
-        if inode == b"0" or device == b"00:01" or path.endswith(b" (deleted)") or (scratch and scratch in path):
+        if not inode or device == _SHMEM or path.endswith(b" (deleted)") or (scratch and scratch in path):
             return (
                 f"importing the plugin left memory that all its workers would share ({path.decode(errors='replace')}); "
                 "make shared memory in on_start or later"
             )
     return ""
+
+
+def _shared(pid: int) -> Iterator[tuple[tuple[int, int], int, bytes]]:
+    """The shared mappings of a process: device, inode and name of what is mapped."""
+    maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    name = ctypes.create_string_buffer(_NAME)
+    at = 0
+    try:
+        while True:
+            flags = _QUERY_NEXT | _QUERY_SHARED
+            query = bytearray(_QUERY.pack(_QUERY.size, flags, at, *[0] * 6, 0, 0, _NAME, 0, ctypes.addressof(name), 0))
+            fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+            _, _, _, _, at, _, _, _, inode, major, minor, length, *_ = _QUERY.unpack(query)
+            yield (major, minor), inode, name.raw[: max(0, length - 1)]
+    except OSError as error:
+        if error.errno == errno.ENOTTY:  # before Linux 6.11: all mappings as text
+            yield from _shared_of_text(maps)
+        elif error.errno != errno.ENOENT:  # there is no further one
+            raise
+    finally:
+        os.close(maps)
+
+
+def _shared_of_text(maps: int) -> Iterator[tuple[tuple[int, int], int, bytes]]:
+    text = bytearray()
+    while data := os.read(maps, 1 << 20):
+        text += data
+    for device, inode, path in _SHARED.findall(text):
+        major, _, minor = device.partition(b":")
+        yield (int(major, 16), int(minor, 16)), int(inode), path

@@ -15,7 +15,7 @@ from typing import Final
 from sandbox.confinement import LAYERS, MINIMAL_ENVIRONMENT, UNCONFINED, Layer, Level, Plan, landlock, level_of, seccomp
 from sandbox.confinement.cgroups import Cgroups, find
 from sandbox.confinement.limits import limits_of
-from sandbox.confinement.namespaces import SCRATCH
+from sandbox.confinement.namespaces import SCRATCH, outermost
 
 from .errors import HostError, SettingsError
 from .inspection import Descriptors, inspect
@@ -152,6 +152,7 @@ class Isolation:
         return Plan(
             layers=layers,
             trees=tuple(dict.fromkeys(trees)),
+            readable=tuple(outermost(os.path.realpath(tree) for tree in trees if os.path.exists(tree))),
             writable=tuple(self._settings.writable),
             programs=programs,
             scratch=SCRATCH if namespaces else self.folders.path,

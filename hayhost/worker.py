@@ -147,8 +147,8 @@ class Worker:
             return
         self.stamps = list(message.stamps)
         self._log.bind(worker=pid)
-        self._pid_inside = pid_inside(pid)
         plan, manifest = self.zygote.spec.plan, self.version.manifest
+        self._pid_inside = pid_inside(pid) if "namespaces" in plan.layers else pid
         threads = 1 if self.zygote is self.version.zygote else self.zygote.threads
         if problem := self._isolation.admit(pid, plan, self._descriptors, threads):
             self._end(f"it is not admitted: {problem}")

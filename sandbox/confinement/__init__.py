@@ -62,4 +62,4 @@ def after_fork(plan: Plan, keep: set[int], scratch: str) -> None:
 
 def _restrict(plan: Plan, scratch: str) -> None:
     writable = (*plan.writable, *([scratch] if scratch else ()))
-    landlock.restrict((*plan.trees, *_DEVICES, *writable), (*writable, "/dev/null"), plan.programs)
+    landlock.restrict((*plan.readable, *_DEVICES, *writable), (*writable, "/dev/null"), plan.programs)

@@ -13,7 +13,7 @@ from typing import Final
 
 from . import kernel
 
-__all__ = ["SCRATCH", "Scratches", "enter", "unshare"]
+__all__ = ["SCRATCH", "Scratches", "enter", "outermost", "unshare"]
 
 SCRATCH: Final = "/scratch"
 """Where the workers' scratch folders are in a private root."""
@@ -68,7 +68,7 @@ def enter(trees: Iterable[str], writable: Iterable[str] = ()) -> None:
     links: dict[str, str] = {}
     sources: dict[str, tuple[int, bool, int]] = {}
     for paths, attributes in ((trees, _RDONLY | _NOSUID | _NODEV), (_DEVICES, _NOSUID), (writable, _NOSUID | _NODEV)):
-        for path in _outermost(_resolve(path, links) for path in paths):
+        for path in outermost(_resolve(path, links) for path in paths):
             if os.path.exists(path):
                 descriptor = _clone(path)
                 sources[path] = descriptor, os.path.isdir(path), attributes
@@ -125,7 +125,7 @@ def _resolve(path: str, links: dict[str, str]) -> str:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
-def _outermost(paths: Iterable[str]) -> Iterator[str]:
+def outermost(paths: Iterable[str]) -> Iterator[str]:
     """``paths`` without those that are below another of them."""
     last = ""
     for path in sorted(set(paths), key=lambda path: path.split("/")):

@@ -54,7 +54,9 @@ class Plan:
 
     layers: frozenset[Layer] = frozenset()
     trees: tuple[str, ...] = ()
-    """Folders and files that may be read: the plugin, the interpreter, what both need."""
+    """Folders and files that may be read: the plugin, the interpreter, what both need; as they are called there."""
+    readable: tuple[str, ...] = ()
+    """The same, symbolic links resolved, and none below another."""
     writable: tuple[str, ...] = ()
     """Folders that the operator lets plugins write to, besides their scratch folders."""
     programs: tuple[str, ...] = ()
