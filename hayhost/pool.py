@@ -266,7 +266,7 @@ class Pool:
             )
             worker.kill(f"it did not answer pings for {self.settings.ping_timeout:g} s")
         elif (
-            any(now - since > _STUCK_AFTER for since in worker.cancelled.values())
+            any(now - since > _STUCK_AFTER for since in worker.told.values())
             and not slot.lock.locked()
             and not slot.breaker.refuses_for(now)
         ):

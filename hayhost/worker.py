@@ -82,6 +82,8 @@ class Worker:
         self.streams: dict[int, Stream] = {}
         self.cancelled: dict[int, float] = {}
         """Streams that nobody waits for but whose handlers still run, with the time since."""
+        self.told: dict[int, float] = {}
+        """Those of them that the worker has heard of, with the time at which it had: it may only be behind."""
         self.pinged: float | None = None
         self._ping = -1
         self.hello: asyncio.Future[None] = loop.create_future()
@@ -240,6 +242,7 @@ class Worker:
         for stream in streams.values():
             stream.failed(WorkerLostError("The worker died before it answered"))
         self.cancelled.clear()
+        self.told.clear()
         self._quiet.set()
         self._gone(self, reason)
 
@@ -327,6 +330,7 @@ class Worker:
             self._one_less()
 
     def _finish(self, id: int) -> None:
+        self.told.pop(id, None)
         if self.streams.pop(id, None) is None and self.cancelled.pop(id, None) is None:
             self._end(f"protocol error: an answer on stream {id}, which is not open")
         else:
@@ -447,6 +451,10 @@ class Worker:
     def _on_pong(self, message: wire.Pong) -> None:
         if message.id != self._ping:  # a number to be read first: nobody answers what it has not heard
             self._end("protocol error: the answer to a ping that there was not")
+        now = self._loop.time()
+        for id, since in self.cancelled.items():
+            if self.pinged is not None and since <= self.pinged:  # the ping came after it
+                self.told.setdefault(id, now)
         self.pinged, self._ping = None, -1
 
     def ping(self, now: float) -> None:

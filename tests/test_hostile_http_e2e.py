@@ -805,6 +805,4 @@ def test_many_at_once_do_all_of_it(host: HostProcess) -> None:
 def test_the_log_says_nothing_of_rude_clients(host: HostProcess) -> None:
     assert Path(host.log_file.name).stat().st_size < 1_000_000
     errors = [record for record in host.records() if record["level"] == "error" and record.get("plugin") != "slow"]
-    # On a slow day the worker that they flooded may be so far behind that it is taken for stuck and replaced.
-    behind = [record for record in errors if record["org"] == "rude" and "did not end" in record["event"]]
-    assert [record for record in errors if record["org"] != "spinning" and record not in behind] == []
+    assert [record for record in errors if record["org"] != "spinning"] == []
