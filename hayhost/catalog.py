@@ -340,6 +340,7 @@ async def _load(plugin: Plugin) -> None:
             plugin=plugin.name,
             version=plugin.manifest.version,
             sharing="strict" if plugin.current and plugin.current.strict else "fork",
+            isolation=plugin.current.level.label if plugin.current else "",
         )
     for warning in plugin.current.warnings if plugin.current else plugin.manifest.warnings:
         get_logger().warning(warning, plugin=plugin.name)

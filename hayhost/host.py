@@ -67,6 +67,7 @@ class Host:
         self.nursery = Nursery(self._nursery_lost)
         self.plugins: dict[str, Plugin] = {}
         self.isolation = Isolation(settings)
+        self.isolation.cut_off = self._cut_off
         self.pool = Pool(settings, installs, self.isolation)
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
@@ -125,6 +126,12 @@ class Host:
 
     def _update(self, plugin: Plugin) -> None:
         self.pool.spawn(self.pool.update(plugin))
+
+    def _cut_off(self, workers: set[tuple[str, str]]) -> None:
+        """Replace workers whose sockets to the egress broker died with it."""
+        for name, org in workers:
+            if (plugin := self.plugins.get(name)) and (slot := self.pool.find(plugin, org)):
+                self.pool.spawn(slot.replace("the egress broker was started anew"))
 
     def _nursery_lost(self) -> None:
         for plugin in self.plugins.values():  # side by side: one that does not load any more holds up no other
@@ -196,7 +203,7 @@ class Host:
         for plugin in self.plugins.values():
             plugin.close()
         await self.nursery.stop()
-        self.isolation.close()
+        await self.isolation.stop()
         if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from sandbox.confinement.cgroups import Cgroups, find
 from sandbox.confinement.limits import limits_of
 from sandbox.confinement.namespaces import SCRATCH, outermost
 
+from .egress import Egress
 from .errors import HostError, SettingsError
 from .inspection import Descriptors, inspect
 from .logs import get_logger
@@ -79,10 +80,18 @@ class Isolation:
         self.problems: dict[str, str] = {}
         """By layer, why this machine does not give it."""
         self.folders = Folders()
+        nameserver = "" if settings.egress_nameserver == "system" else settings.egress_nameserver
+        self.egress = Egress(allow=settings.egress_allow, nameserver=nameserver, lost=self._cut_off)
+        """Connects to the network for workers."""
+        self.cut_off: Callable[[set[tuple[str, str]]], None] = lambda workers: None
+        """Called with the (plugin, org) of workers that can reach the network no more."""
         self._settings = settings
         self._interpreter: tuple[str, ...] = ()
         self._cgroups: Cgroups | None = None
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="cgroups")
+
+    def _cut_off(self, workers: set[tuple[str, str]]) -> None:
+        self.cut_off(workers)
 
     @property
     def level(self) -> Level:
@@ -127,6 +136,8 @@ class Isolation:
         if not self.layers:
             return UNCONFINED
         permissions = manifest.permissions
+        if permissions.network:
+            self.egress.want()
         programs = tuple(path for command in permissions.subprocess for path in programs_of(command, manifest.folder))
         layers = self.layers
         if "uid" in layers and (private := _private(manifest)):
@@ -222,6 +233,11 @@ class Isolation:
     def oversized(self, names: Iterable[str]) -> list[str]:
         """The scratch folders among ``names`` that have grown too large. Walks them: not for the event loop."""
         return [name for name in names if self.folders.size(name) > _SCRATCH]
+
+    async def stop(self) -> None:
+        """End the egress broker, and close."""
+        await self.egress.stop()
+        self.close()
 
     def close(self) -> None:
         """Give back what the front keeps of it. Closing twice is safe."""

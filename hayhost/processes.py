@@ -314,18 +314,21 @@ class Zygote:
         if self.keeper is not None and not self._became:
             self.keeper.close()
 
-    def fork(self, log: PluginLog, scratch: str, *, become: bool = False) -> tuple[socket.socket, Descriptors]:
+    def fork(
+        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
+    ) -> tuple[socket.socket, Descriptors]:
         """Have a worker forked; the front's end of its socket, and the descriptors that it is given.
 
-        With ``become`` the zygote itself is the worker. What it writes to its descriptors 1 and 2 goes to ``log``, and
-        through no pipe that another org's worker has.
+        With ``become`` the zygote itself is the worker. ``broker``, if there is one, is its end of a socket to the
+        egress broker, and closed here. What it writes to its descriptors 1 and 2 goes to ``log``, and through no pipe
+        that another org's worker has.
         """
         ours, theirs = socket_pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         _Output(reader, log)
-        given = [theirs.detach(), writer]
+        given = [theirs.detach(), writer, *([broker] if broker >= 0 else [])]
         seen = frozenset((status.st_dev, status.st_ino) for status in map(os.fstat, given))
-        self._channel.send(wire.Fork(become, scratch), given)
+        self._channel.send(wire.Fork(become, scratch, broker >= 0), given)
         self._became = become
         return ours, seen
 

@@ -5,6 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,8 +32,11 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[(found[2] or "")[:1].upper()]
 
 
-def _setting(default: Any, help: str, *, least: float = 0, size: bool = False, most: float = 1e9) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, "size": size})
+def _setting(
+    default: Any, help: str, *, least: float = 0, size: bool = False, most: float = 1e9, kind: str = ""
+) -> Any:
+    limits = {"help": help, "least": least, "most": most, "size": size, "kind": kind}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,14 @@ class Settings:
     require: RequiredLevel = _setting("confined", "Refuse to start if auto gives less than this level of isolation.")
     layers: str = _setting("auto", "Apply just these layers of isolation (by comma), to find out what each one stops.")
     writable: tuple[str, ...] = _setting((), "Folders that all plugins may write to, besides their own; by colon.")
+    egress_allow: tuple[str, ...] = _setting(
+        (),
+        "Networks that plugins with permissions.network may reach although they are not public; by comma.",
+        kind="network",
+    )
+    egress_nameserver: str = _setting(
+        "system", "DNS server that the names of plugins are asked from, as ADDRESS:PORT.", kind="nameserver"
+    )
     reload: bool = _setting(True, "Serve changed plugins without a restart.")
     poll: bool = _setting(False, "Look for changes instead of waiting for events, for file systems without them.")
     debounce: float = _setting(0.1, "Changed files must be quiet for this long before they are loaded.", most=60)
@@ -117,6 +129,32 @@ def _from_file(file: Path | None, problems: list[str]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name in FIELDS}
 
 
+def _items(value: Any, kind: str) -> tuple[str, ...]:
+    separator, what = (",", "networks such as 10.1.0.0/16") if kind == "network" else (":", "absolute paths")
+    items = [item.strip() for item in value.split(separator) if item.strip()] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{value!r} is not a list of {what}")
+    try:
+        if kind == "network":
+            return tuple(str(ip_network(item)) for item in items)
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not a list of {what}: {error}") from None
+    if not all(os.path.isabs(item) and "\0" not in item for item in items):
+        raise ValueError(f"{value!r} is not a list of {what}")
+    return tuple(map(os.path.realpath, items))
+
+
+def _nameserver(value: Any) -> str:
+    host, _, port = str(value).rpartition(":")
+    try:
+        ip_address(host.removeprefix("[").removesuffix("]"))
+        if not 0 < int(port) < 1 << 16:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{value!r} is not ADDRESS:PORT, nor system") from None
+    return str(value)
+
+
 def _convert(name: str, value: Any) -> Any:
     """``value`` as the type of the setting. Raises ``ValueError`` saying what is allowed."""
     hint, limits = _HINTS[name], FIELDS[name].metadata
@@ -125,12 +163,9 @@ def _convert(name: str, value: Any) -> Any:
             raise ValueError(f"{value!r} is not one of {', '.join(get_args(hint))}")
         return value
     if hint == tuple[str, ...]:
-        items = [item for item in value.split(":") if item] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(
-            isinstance(item, str) and os.path.isabs(item) and "\0" not in item for item in items
-        ):
-            raise ValueError(f"{value!r} is not a list of absolute paths")
-        return tuple(map(os.path.realpath, items))
+        return _items(value, limits["kind"])
+    if limits["kind"] == "nameserver" and value != "system":
+        return _nameserver(value)
     if hint is str:
         if not isinstance(value, str) or not value:
             raise ValueError(f"{value!r} is not a non-empty string")

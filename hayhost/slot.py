@@ -178,7 +178,13 @@ class Slot:
                 )
             raise error from None
         get_logger().debug(
-            "worker ready", plugin=self.plugin.name, org=self.org_id, worker=worker.pid, serve=serve, ms=worker.phases()
+            "worker ready",
+            plugin=self.plugin.name,
+            org=self.org_id,
+            worker=worker.pid,
+            isolation=worker.version.level.label,
+            serve=serve,
+            ms=worker.phases(),
         )
         if serve:
             self.breaker.succeeded()

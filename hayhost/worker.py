@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -107,7 +108,12 @@ class Worker:
         self._state: bytearray | None = None
         self._dumped: asyncio.Future[bytes] | None = None
         self._dumps_due = 0
-        sock, self._descriptors = zygote.fork(log, quarters.scratch, become=zygote is not version.zygote)
+        self._broker: socket.socket | None = None
+        broker = -1
+        if zygote.spec.plan.layers and version.manifest.permissions.network:
+            self._broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            broker = theirs.detach()
+        sock, self._descriptors = zygote.fork(log, quarters.scratch, become=zygote is not version.zygote, broker=broker)
         self._channel = Channel(
             sock,
             wire.FromWorker,
@@ -189,6 +195,11 @@ class Worker:
         except wire.ProtocolError as error:
             raise StartFailedError(f"the org's settings are too large: {error}") from None
         self._identified = True
+        if self._broker is not None:
+            network = self.version.manifest.permissions.network
+            self._isolation.egress.attach(
+                self._broker.detach(), self.version.manifest.name, installation.org_id, network
+            )
 
     async def ready(self, timeout: float) -> str:
         """Wait until it is; the reason why it is degraded, or ``""``. Raises ``StartFailedError``."""
@@ -219,6 +230,8 @@ class Worker:
             return
         self._ending = True
         self._channel.close()
+        if self._broker is not None:
+            self._broker.close()
         if self._process:
             self._process.kill()
             self._process.close()

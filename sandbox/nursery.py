@@ -110,7 +110,7 @@ def preload() -> None:
 
     import hayhost.sdk  # noqa: F401
 
-    from . import worker  # noqa: F401
+    from . import network, worker  # noqa: F401
 
     logging.raiseExceptions = False
     asyncio.new_event_loop().close()  # warms what the first loop of a process imports

@@ -34,7 +34,7 @@ from hayhost.sdk import (
 )
 from hayhost.sdk._checks import check
 
-from . import confinement, processes, refusals, wire
+from . import confinement, network, processes, refusals, wire
 from .capture import Capture
 from .dispatch import Caller, Dispatcher
 from .link import Link
@@ -53,22 +53,24 @@ _Then = Callable[[], Awaitable[None]] | None
 
 
 def run(
-    plugin: LoadedPlugin, capture: Capture, scratch: str, descriptor: int, output: int, network: int = -1
+    plugin: LoadedPlugin, capture: Capture, scratch: str, descriptor: int, output: int, broker: int = -1
 ) -> NoReturn:
     """Be a worker; the body of a forked process.
 
-    ``descriptor`` is its socket, ``output`` where raw output goes, ``network`` its socket to the broker if it may
+    ``descriptor`` is its socket, ``output`` where raw output goes, ``broker`` its socket to the egress broker if it may
     connect to anything, ``scratch`` the folder that it may write to.
     """
     stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
     _detach(output)
     sock = socket.socket(fileno=descriptor)
     try:
-        confinement.after_fork(plugin.spec.plan, {descriptor, network}, scratch)
+        confinement.after_fork(plugin.spec.plan, {descriptor, broker}, scratch)
     except OSError as error:
         sock.sendall(wire.encode(wire.Failed(f"it cannot be isolated: {error}")))
         os._exit(1)
     refusals.install(plugin.spec.plan)
+    if plugin.spec.plan.layers:
+        network.use(broker if broker >= 0 else None)
     stamps.append(("confined", time.monotonic_ns()))
     sock.sendall(wire.encode(wire.Hello(wire.VERSION, stamps)))
     select.select([sock], [], [])  # until the front has looked at this process, nothing is opened

@@ -19,7 +19,7 @@ import msgspec
 from hayhost.sdk import Logger
 from hayhost.sdk.errors import PluginError, RegistrationError
 
-from . import confinement, processes, refusals, wire
+from . import confinement, network, processes, refusals, wire
 from .capture import Capture
 from .keeper import split
 from .loader import LoadedPlugin, author_traceback, describe, load
@@ -58,6 +58,8 @@ def run(pickled: bytes, control: int, output: int, keeper: int) -> None:
         with socket.socket(fileno=control) as refusal:
             refusal.sendall(wire.encode(wire.LoadFailed(f"the plugin cannot be isolated: {error}", "")))
         os._exit(1)
+    if spec.plan.layers:
+        network.install()
     stamps("confined")
     zygote = _Zygote(sock)
     zygote.send(wire.Hello(wire.VERSION, stamps.all))

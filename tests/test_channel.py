@@ -31,7 +31,7 @@ from hayhost.states import WorkerState
 from hayhost.version import Version
 from hayhost.worker import Worker
 from sandbox import wire
-from sandbox.confinement import UNCONFINED
+from sandbox.confinement import UNCONFINED, Level
 
 HELLO = wire.Hello(wire.VERSION, [])
 PID = 4_000_000
@@ -422,7 +422,9 @@ class Forker:
         self.killed = False
         self.forked: Callable[[Peer], None] = lambda peer: None
 
-    def fork(self, log: PluginLog, scratch: str, *, become: bool = False) -> tuple[socket.socket, Descriptors]:
+    def fork(
+        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
+    ) -> tuple[socket.socket, Descriptors]:
         ours, theirs = socket_pair()
         self.peers.append(Peer(theirs))
         try:
@@ -445,6 +447,7 @@ class FakeVersion:
     env: dict[str, str] = {}
     strict = False
     alive = True
+    level = Level.NONE
     hooks: frozenset[str] = frozenset()
 
     class manifest:

@@ -270,7 +270,7 @@ LIMITS = routes(
         gate = threading.Event()
         started = []
         try:
-            for _ in range(400):
+            for _ in range(800):
                 started.append(threading.Thread(target=gate.wait))
                 started[-1].start()
         finally:

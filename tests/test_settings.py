@@ -43,7 +43,7 @@ def test_every_default_is_allowed_and_explained() -> None:
     for name, field in FIELDS.items():
         assert field.metadata["help"].endswith(".")
         if field.default is not None:
-            text = ":".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+            text = "".join(field.default) if isinstance(field.default, tuple) else str(field.default)
             assert load({name: text}, None, {}) == Settings()
 
 

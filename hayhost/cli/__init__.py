@@ -45,7 +45,8 @@ def _settings(*without: str) -> Callable[[F], F]:
             shown_default = _shown(field.default, field.metadata["size"])
             default = "" if field.default in (None, ()) else f"  [default: {shown_default}]"
             option = f"--{name.replace('_', '-')}"
-            shown = None if kind is not str else "SIZE" if field.metadata["size"] else _METAVARS.get(hint)
+            named = {"network": "NETWORKS", "nameserver": "ADDRESS:PORT"}.get(field.metadata["kind"])
+            shown = None if kind is not str else "SIZE" if field.metadata["size"] else named or _METAVARS.get(hint)
             function = click.option(option, name, type=kind, default=None, metavar=shown, help=text + default)(function)
         return click.option(
             "--config",

@@ -72,7 +72,7 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
     finally:
         plugin.close()
         await nursery.stop()
-        isolation.close()
+        await isolation.stop()
     return report
 
 
