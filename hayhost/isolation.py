@@ -116,6 +116,9 @@ class Isolation:
         if hidden and "namespaces" not in wanted - self.problems.keys() and "uid" in wanted - self.problems.keys():
             self.problems["uid"] = f"other users cannot reach {hidden}, and without namespaces it stays where it is"
         self.layers = frozenset(wanted - self.problems.keys())
+        if self._settings.layers != "auto" and (missing := sorted(wanted - self.layers)):
+            self.close()
+            raise SettingsError("\n".join(f"layers: {layer}: {self.problems[layer]}" for layer in missing))
         if self.level < required:
             self.close()
             raise SettingsError(_refusal(self.level, required, self.problems))

@@ -40,11 +40,16 @@ class Plugin:
 
 
 @contextlib.contextmanager
-def hosting(folder: Path, *options: object, env: dict[str, str] | None = None) -> Iterator[HostProcess]:
-    """A ready ``hayhost serve`` on ``folder`` with ``options``, in test mode unless they name a file of orgs."""
+def hosting(
+    folder: Path, *options: object, env: dict[str, str] | None = None, writable: bool = True
+) -> Iterator[HostProcess]:
+    """A ready ``hayhost serve`` on ``folder`` with ``options``, in test mode unless they name a file of orgs.
+
+    Plugins may write to ``folder`` if it is ``writable``.
+    """
     mode = () if "--orgs" in options else ("--mode", "test")
     arguments = ["serve", folder, *mode, "--port", "0", "--log-format", "json", *options]
-    host = HostProcess([str(argument) for argument in arguments], env, writable=folder)
+    host = HostProcess([str(argument) for argument in arguments], env, writable=folder if writable else None)
     try:
         yield host.wait_ready()
     finally:

@@ -17,6 +17,7 @@ __all__ = [
     "KILL",
     "MAX_INSTRUCTIONS",
     "NR",
+    "PRETEND",
     "WORD",
     "Branch",
     "Node",
@@ -46,6 +47,8 @@ ALLOW: Final = 0x7FFF0000
 KILL: Final = 0x80000000
 """The whole process, not the one thread."""
 _ERRNO: Final = 0x00050000
+PRETEND: Final = _ERRNO
+"""Do nothing, and say that it has been done."""
 _MAX_ERRNO: Final = 4095
 
 NR: Final = 0

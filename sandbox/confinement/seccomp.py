@@ -252,7 +252,8 @@ def _common(rules: Rules) -> dict[str, Node]:
         "mknodat": _one_of(low(2), _MKNOD_TYPES, mask=_S_IFMT),
         "socketpair": _one_of(low(0), [_AF_UNIX], _one_of(low(1), [_SOCK_STREAM], mask=~_SOCK_FLAGS & bpf.WORD)),
         "sendto": _zero(4, _without(3, _MSG_REFUSED)),
-        "setsockopt": _socket_option(),
+        # The sizes of buffers are hints, and their memory is nobody's: what is there by default has to do.
+        "setsockopt": _one_of(low(1), [1], _one_of(low(2), [7, 8], bpf.PRETEND, _socket_option()), _socket_option()),
         "getsockopt": _socket_option(),
     }
     if not rules.truncate:

@@ -33,6 +33,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hayhost.inspection import pid_inside
+
 from ..conftest import Answer, HostProcess, all_gone, wait_until, write_plugin
 from ..hosting import PLUGIN, PREAMBLE, hosting
 from .plugin.attack_code import ATTACKS, Attack
@@ -87,6 +89,13 @@ def _plugin(folder: Path, kind: str) -> None:
         (folder / "at_import.txt").write_text(kind)
 
 
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def _stopped(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
@@ -105,6 +114,7 @@ class Arena:
         self._number = 0
         self._place = secrets.token_hex(3)
         self._victim = VictimProcess(folder / "victim")
+        self._inside: dict[str, int] = {}
 
     def close(self) -> None:
         self._victim.close()
@@ -164,7 +174,7 @@ class Arena:
             "other_plugin": str(self._plugins / "calm" / "plugin.py"),
             "module": os.path.realpath(dataclasses.__file__),
             "host_pid": self.host.pid,
-            "peer_pid": before["bystander"],
+            "peer_pid": self._inside["bystander"],
             "token": token,
             "place": self._place,
             "strict": False,
@@ -183,7 +193,7 @@ class Arena:
             elif left.json()["outcome"] == "refused":
                 found.refused(f"the first org: {detail}")
             secret = token if attack.harm == "loot" else ""
-            arguments |= {"stage": "find", "left": detail.replace(secret or "\0", ""), "peer_pid": peer["pid"]}
+            arguments |= {"stage": "find", "left": detail.replace(secret or "\0", ""), "peer_pid": peer["inside"]}
             arguments |= {"peer_scratch": peer["scratch"], "token": "another"}
             if attack.again:
                 os.kill(peer["pid"], signal.SIGKILL)
@@ -201,11 +211,13 @@ class Arena:
             with contextlib.suppress(AssertionError):
                 wait_until(functools.partial(_stopped, victim), limit=2)
         found.add("peer", peer is not None and not attack.again and _stopped(peer["pid"]))
-        found.add("zygote", _stopped(own["parent"]))
-        with contextlib.suppress(OSError):
-            os.kill(own["parent"], signal.SIGCONT)
+        # Above a worker that was not forked is the keeper of its own namespaces, which leaves with it.
+        found.add("zygote", not arguments["strict"] and _stopped(own["parent"]))
+        if own["parent"] in self.host.pids():
+            with contextlib.suppress(OSError):
+                os.kill(own["parent"], signal.SIGCONT)
         claimed = found.detail.partition("pid ")[2].split(" ")[0]
-        mine = {int(claimed)} & (left_over | {own["pid"]}) if claimed.isdigit() else set()
+        mine = {pid for pid in left_over | {own["pid"]} if str(pid_inside(pid)) == claimed}
         self._disable(attack, set(orgs))
         gone = [own["pid"], *mine]
         with contextlib.suppress(AssertionError):
@@ -228,8 +240,11 @@ class Arena:
             answer: Answer = wait_until(answered, "a worker", limit=15)
         except AssertionError:
             return None
-        worker: dict[str, Any] | None = answer.json() if answer.status == 200 else None
-        return worker
+        if answer.status != 200:
+            return None
+        worker: dict[str, Any] = answer.json()
+        pid = self.host.health(attack.plugin, org)["pid"]
+        return {**worker, "inside": worker["pid"], "pid": pid, "parent": _parent(pid)}
 
     def _attack(self, attack: Attack, org: str, arguments: dict[str, Any]) -> Answer:
         return self.host.post(f"/plugins/{attack.plugin}/{org}/attack/{attack.name}", json_body=arguments)
@@ -245,8 +260,14 @@ class Arena:
         pids = {}
         for name, path in (("bystander", "/plugins/attacks/bystander/pid"), ("calm", "/plugins/calm/acme/pid")):
             answer: Answer = wait_until(functools.partial(self._ok, path), f"{path} answers", limit=20)
-            pids[name] = answer.json()["pid"]
+            self._inside[name] = answer.json()["pid"]
+            pids[name] = self._pid(path)
         return pids
+
+    def _pid(self, path: str) -> int:
+        """The pid that the worker behind ``path`` has outside of its namespace."""
+        pid: int = self.host.get(path.replace("/pid", "/health")).json()["pid"]
+        return pid
 
     def _ok(self, path: str) -> Answer | None:
         answer = self.host.get(path)
@@ -258,7 +279,7 @@ class Arena:
         found = []
         for name, path in (("bystander", "/plugins/attacks/bystander/pid"), ("calm", "/plugins/calm/acme/pid")):
             answer = self.host.get(path)
-            if answer.status != 200 or answer.json()["pid"] != before[name]:
+            if answer.status != 200 or self._pid(path) != before[name]:
                 found.append(name)
         return tuple(found)
 
@@ -347,7 +368,7 @@ def arena(folder: Path, options: Sequence[object] = (), kinds: Iterable[str] = K
     for kind in ("attacks", *kinds):
         _plugin(plugins / kind, kind)
     folder.chmod(0o755)
-    with hosting(plugins, *SERVE_OPTIONS, *options) as host:
+    with hosting(plugins, *SERVE_OPTIONS, *options, writable=False) as host:
         found = Arena(host, plugins, folder, secret)
         try:
             found.check()

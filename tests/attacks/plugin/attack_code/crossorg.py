@@ -188,6 +188,7 @@ def old_thread_reads(v: Victims) -> str:
     "Ends another org's worker in a thread that it left behind while it was imported",
     plugin="import-thread",
     stages=True,
+    ends=True,  # the number may be its own: each of these workers has a process tree of its own
     harm="peer",
 )
 def old_thread_kills(v: Victims) -> str:
