@@ -76,7 +76,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def logged(host: HostProcess, *, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
+def logged(host: HostProcess, /, *, count: int = 1, **fields: Any) -> list[dict[str, Any]]:
     """Wait for at least ``count`` records of the log that have all of ``fields``, and return all there are."""
 
     def found() -> list[dict[str, Any]]:
