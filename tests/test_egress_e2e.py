@@ -169,7 +169,8 @@ def test_connections_are_logged_with_their_org(host: HostProcess, network: Netwo
     assert record["address"] == "127.0.0.1"
     closed = logged(host, event="connection closed", plugin="listed", org="acme")[0]
     assert closed["received"] > 0
-    assert logged(host, event="connection refused", plugin="listed", host="other.test")
+    assert ask(host, "any", "urllib", "private.test", network.plain, scheme="http") == 500
+    assert logged(host, event="connection refused", plugin="any", host="private.test")
 
 
 def test_a_killed_broker_is_started_anew_and_its_workers_replaced(host: HostProcess, network: Network) -> None:
