@@ -173,10 +173,10 @@ class Isolation:
             scratch_size=_SCRATCH,
             limits=limits_of(
                 memory=permissions.memory or _MEMORY,
+                counted="cgroups" in layers,
                 files=permissions.files or _FILES,
                 file_size=_SCRATCH,
                 cpu_seconds=permissions.cpu_seconds,
-                processes=None,
             )
             if "limits" in layers
             else (),

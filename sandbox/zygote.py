@@ -28,6 +28,8 @@ from .spec import PluginSpec
 __all__ = ["run"]
 
 _SWEEP_AFTER: Final = 0.2
+# Numeric libraries start threads as soon as they are loaded, and a process with threads cannot be forked.
+_POOLS: Final = ("OPENBLAS", "OMP", "MKL", "NUMEXPR")
 _MAX_METADATA: Final = wire.MAX_FRAME - wire.CHUNK  # there are hooks and warnings in the same frame
 
 
@@ -77,6 +79,8 @@ def _detach(output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.dont_write_bytecode = True
+    for library in _POOLS:
+        os.putenv(f"{library}_NUM_THREADS", "1")  # for C, and not seen in os.environ
     os.chdir("/")
 
 

@@ -334,6 +334,14 @@ def test_the_scratch_folder_is_limited(serve: Serve, tmp_path: Path) -> None:
 # ---- strict sharing
 
 
+def test_a_plugin_that_imports_numpy_is_forked_all_the_same(serve: Serve, tmp_path: Path) -> None:
+    source = "import numpy\n" + routes("", sum="def:\n return str(numpy.arange(10).sum())")
+    write_plugin(tmp_path / "p", source)
+    host = serve()
+    assert host.get("/plugins/p/acme/sum").body == b"45", host.log
+    assert host.health("p", "acme")["sharing"] == "fork"
+
+
 def test_strict_workers_are_programs_of_their_own(serve: Serve, tmp_path: Path) -> None:
     source = routes("", where="async def:\n return {'hash': hash('x'), 'address': id(sys), 'pid': os.getpid()}")
     write_plugin(tmp_path / "p", source, extra='sharing = "strict"\n')

@@ -11,8 +11,9 @@ Limits = tuple[tuple[int, int], ...]
 # Address space is not memory: threads reserve stacks, allocators arenas, and numeric libraries a great deal.
 _ADDRESS_FACTOR: Final = 4
 _ADDRESS_EXTRA: Final = 4 << 30
-# Private writable mappings include the stacks that 256 threads of a worker reserve, and hardly ever use.
-_DATA_EXTRA: Final = 512 << 20
+# The interpreter's own; and, where a cgroup counts what is really used, the stacks that 256 threads reserve.
+_DATA_EXTRA: Final = 64 << 20
+_STACKS: Final = 512 << 20
 
 # By number: the resource module of some Pythons has no names for them.
 _SIGPENDING: Final = 11
@@ -21,15 +22,15 @@ _NICE: Final = 13
 _RTPRIO: Final = 14
 
 
-def limits_of(*, memory: int, files: int, file_size: int, cpu_seconds: int | None, processes: int | None) -> Limits:
+def limits_of(*, memory: int, counted: bool, files: int, file_size: int, cpu_seconds: int | None) -> Limits:
     """The limits of a zygote and its workers. Sizes are in bytes; ``None`` sets no limit.
 
-    ``processes`` counts all processes of the user, or of its user namespace: it is only of use where that is the
-    plugin's own.
+    ``counted`` says that a cgroup holds the worker to ``memory``. There is no limit of processes, as the kernel counts
+    all of a user's.
     """
     limits = {
         resource.RLIMIT_AS: _ADDRESS_FACTOR * memory + _ADDRESS_EXTRA,
-        resource.RLIMIT_DATA: memory + _DATA_EXTRA,
+        resource.RLIMIT_DATA: memory + _DATA_EXTRA + (_STACKS if counted else 0),
         resource.RLIMIT_NOFILE: files,
         resource.RLIMIT_FSIZE: file_size,
         resource.RLIMIT_CORE: 0,
@@ -41,8 +42,6 @@ def limits_of(*, memory: int, files: int, file_size: int, cpu_seconds: int | Non
     }
     if cpu_seconds is not None:
         limits[resource.RLIMIT_CPU] = cpu_seconds
-    if processes is not None:
-        limits[resource.RLIMIT_NPROC] = processes
     return tuple(limits.items())
 
 
