@@ -58,6 +58,8 @@ class Stage:
             try:
                 self._arena, self._wanted = self._context.__enter__(), wanted
             except AssertionError as error:
+                if "hayhost: layers: " in str(error):
+                    pytest.skip(f"this machine does not give it: {str(error).splitlines()[-1]}")
                 self._broken[wanted] = str(error)
                 raise
         level = self._arena.level()
@@ -141,10 +143,13 @@ def test_a_layer_alone_stops_what_was_measured(stage: Stage, layer: str) -> None
 @pytest.mark.parametrize("layer", LAYERS)
 def test_an_attack_with_one_stopper_works_without_it(stage: Stage, layer: str) -> None:
     matrix = _matrix(layer)
-    for name in SUBSET:
-        if only_stopper(matrix["attacks"].get(name, {})) == layer:
-            result, _ = stage.run(f"without-{layer}", name)
-            assert result.verdict == "succeeded", result
+    names = [name for name in SUBSET if only_stopper(matrix["attacks"].get(name, {})) == layer]
+    assert names or layer == "uid", (
+        "each layer but the user, which others stand in for, has to be the only one somewhere"
+    )
+    for name in names:
+        result, _ = stage.run(f"without-{layer}", name)
+        assert result.verdict == "succeeded", result
 
 
 def _matrix(layer: str) -> dict[str, dict[str, dict[str, str]]]:

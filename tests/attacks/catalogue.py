@@ -135,7 +135,6 @@ RESIDUAL: Final[dict[str, tuple[str, str]]] = {
     "signal-descriptor": ("", "it is told of its own signals only"),
     "folders-deep": ("", "its own folder is taken apart however deep it is"),
     "locks-many": ("", "locks on files in its own folder bind nobody else"),
-    "memory-sockets": ("", "bounded by its number of descriptors times the default size of a socket's buffer"),
     "memory-passed": ("", "bounded by its number of descriptors"),
     "memory-mappings": ("", "bounded by the kernel's own limit of mappings, and counted as the cgroup's memory"),
     "page-cache-mincore": ("", "whether a file that may be read is in memory can be seen from the time it takes, too"),
@@ -172,6 +171,9 @@ SUBSET: Final = (
     "leave-segment",
     "leave-tmp",
     "kill-peer",
+    "read-peer-scratch",
+    "threads-many",
+    "chroot",
 )
 """Attacks that stand for their kind where all would take too long."""
 
