@@ -143,7 +143,7 @@ class Isolation:
             self.egress.want()
         programs = tuple(path for command in permissions.subprocess for path in programs_of(command, manifest.folder))
         layers = self.layers
-        if "uid" in layers and (private := _private(manifest)):
+        if "uid" in layers and (private := _private(manifest, "namespaces" in layers)):
             layers -= {"uid"}
             get_logger().warning(
                 "the plugin gets no user of its own: other users cannot read its files (chmod -R o+rX helps)",
@@ -286,8 +286,13 @@ def _passable(path: str) -> bool:
         return True  # it does not exist, so nobody needs it
 
 
-def _private(manifest: Manifest) -> str:
-    """A file or folder that the plugin needs and other users cannot read; empty if there is none."""
+def _private(manifest: Manifest, private_root: bool) -> str:
+    """A file or folder that the plugin needs and other users cannot read; empty if there is none.
+
+    In a private root the folders above the plugin's are no obstacle.
+    """
+    if not private_root and not _passable(str(manifest.folder)):
+        return str(manifest.folder)
     entry = manifest.folder / (manifest.entry if manifest.entry.endswith(".py") else "")
     for path in {manifest.folder, manifest.file, entry}:
         mode = path.stat().st_mode

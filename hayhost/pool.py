@@ -109,8 +109,7 @@ class Pool:
     async def _fork(self, plugin: Plugin, version: Version | None) -> Worker:
         self._coming += 1
         try:
-            version = version or await plugin.ready_version()
-            zygote = (await plugin.twin(version)).zygote if version.strict else version.zygote
+            worker, zygote = await self._create(plugin, version)
         except BaseException as error:
             self._wake_one()  # the room that was made for it is free again
             if isinstance(error, HostError):
@@ -118,15 +117,6 @@ class Pool:
             raise
         finally:
             self._coming -= 1
-        log = PluginLog(plugin=plugin.name, version=version.manifest.version)
-        try:
-            quarters = await self._quarters(zygote)
-            worker = Worker(version, zygote, quarters, self.isolation, log, self._gone)
-        except (OSError, StartFailedError):
-            if zygote is not version.zygote:
-                zygote.kill()
-            self._wake_one()
-            raise
         self.workers[worker] = None
         try:
             async with asyncio.timeout(self.settings.hook_timeout + SLACK):
@@ -139,6 +129,22 @@ class Pool:
             worker.kill()
             raise
         return worker
+
+    async def _create(self, plugin: Plugin, version: Version | None) -> tuple[Worker, Zygote]:
+        """A worker that has not said hello yet, and what it was forked from."""
+        version = version or await plugin.ready_version()
+        zygote = (await plugin.twin(version)).zygote if version.strict else version.zygote
+        log = PluginLog(plugin=plugin.name, version=version.manifest.version)
+        quarters: Quarters | None = None
+        try:
+            quarters = await self._quarters(zygote)
+            return Worker(version, zygote, quarters, self.isolation, log, self._gone), zygote
+        except BaseException:
+            if quarters is not None and quarters.scratch:
+                self._scratches(zygote).drop(quarters.name)
+            if zygote is not version.zygote:
+                zygote.kill()
+            raise
 
     async def _make_room(self) -> None:
         while len(self.workers) + self._coming >= self.settings.max_workers and not self._closing:
