@@ -341,6 +341,7 @@ async def _load(plugin: Plugin) -> None:
             version=plugin.manifest.version,
             sharing="strict" if plugin.current and plugin.current.strict else "fork",
             isolation=plugin.current.level.label if plugin.current else "",
+            **({"reason": plugin.current.strict_reason} if plugin.current and plugin.current.strict else {}),
         )
     for warning in plugin.current.warnings if plugin.current else plugin.manifest.warnings:
         get_logger().warning(warning, plugin=plugin.name)

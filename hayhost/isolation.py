@@ -62,6 +62,7 @@ _UIDS: Final = (1 << 30, 1 << 31)
 _REMOVE_AGAIN: Final = 0.05
 _REMOVE_TRIES: Final = 100
 _MOVERS: Final = 4
+_DYING: Final = 1.0  # how long the last workers may take to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ class Isolation:
         self.folders.close()
         self._movers.shutdown()
         if self._cgroups is not None:
-            self._cgroups.close()
+            self._cgroups.close(patience=_DYING)
             self._cgroups = None
 
 

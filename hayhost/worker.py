@@ -268,6 +268,9 @@ class Worker:
             return None
         if status == -signal.SIGKILL and (memory := self._isolation.ran_out(self.quarters.name, self.version.manifest)):
             return memory
+        if status == -signal.SIGXCPU:
+            spent = f"{self.version.manifest.permissions.cpu_seconds} s of processor time"
+            return f"it used more than its {spent}; permissions.cpu_seconds in the manifest can ask for more"
         return f"it exited with code {status}" if status >= 0 else f"it was killed by signal {-status}"
 
     def kill(self, why: str = "") -> None:

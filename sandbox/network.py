@@ -192,6 +192,13 @@ def _text(host: Any) -> str:
     return bytes(host).decode("ascii", "replace") if isinstance(host, bytes | bytearray) else str(host)
 
 
+def _name(family: int) -> str:
+    try:
+        return socket.AddressFamily(family).name
+    except ValueError:
+        return str(int(family))
+
+
 # ---- methods of socket.socket
 
 
@@ -203,7 +210,7 @@ def _init(self: Any, family: int = -1, type: int = -1, proto: int = -1, fileno: 
     type = socket.SOCK_STREAM if type == -1 else type
     proto = max(proto, 0)
     if family not in _FAMILIES:
-        raise PermissionError(errno.EPERM, f"a plugin has no sockets but TCP's, and no access to family {int(family)}")
+        raise PermissionError(errno.EPERM, f"a plugin has TCP only, no sockets of family {_name(family)}")
     if type & ~_FLAGS != _STREAM or proto not in (0, socket.IPPROTO_TCP):
         raise PermissionError(errno.EPERM, "a plugin has TCP only: no UDP, no raw and no other sockets")
     ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

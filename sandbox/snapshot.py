@@ -22,6 +22,10 @@ __all__ = ["Snapshot"]
 _MAX_BYTES: Final = 64 << 20
 _SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
 _ADDED: Final = "was added after this version of the plugin was loaded; it can be imported from the next reload on"
+_IGNORED: Final = (
+    "cannot be imported: code is not read from folders of a plugin that are named node_modules or begin with a dot; "
+    "install packages where the host's Python finds them, or into a folder with another name"
+)
 _CHANGED: Final = "has changed since this version of the plugin was loaded; it can be imported from the next reload on"
 
 
@@ -160,7 +164,9 @@ class _Late(MetaPathFinder):
             base = os.path.join(place, fullname.rpartition(".")[2])
             for file in (os.path.join(base, "__init__.py"), *(base + end for end in (".py", *EXTENSION_SUFFIXES))):
                 if os.path.isfile(file):
-                    raise ImportError(f"{file} {_ADDED}", name=fullname, path=file)
+                    inside = os.path.relpath(place, self._snapshot.root).split(os.sep)
+                    ignored = any(name in _SKIPPED or (name.startswith(".") and name != ".") for name in inside)
+                    raise ImportError(f"{file} {_IGNORED if ignored else _ADDED}", name=fullname, path=file)
         return None
 
 

@@ -47,8 +47,8 @@ __all__ = ["run"]
 _LAST_WRITE: Final = 2.0
 _MCP_STOP: Final = 5.0
 _DUMP_ATTEMPTS: Final = 5
-# What a thread reserves counts as memory: the usual 8 MiB would let few of them be started.
-_STACK: Final = 2 << 20
+# What Python from 3.12 on counts on for its own recursion; what a program is started with may be less.
+_STACK: Final = 8 << 20
 _Then = Callable[[], Awaitable[None]] | None
 
 

@@ -187,7 +187,7 @@ def _failure(error: BaseException, spec: PluginSpec) -> wire.LoadFailed:
         text = describe(error).removeprefix(f"{type(error).__name__}: ")
     else:
         text = describe(error)
-    if help := refusals.hint(error, spec.plan):
+    if help := refusals.hint(error, spec.plan, loading=True):
         text += f" ({help})"
     trace = author_traceback(error, spec.folder)
     return wire.LoadFailed(text[: 8 << 10], trace if "\n" in trace else "")  # one line would only say it again

@@ -676,7 +676,7 @@ def test_it_is_loaded_without_the_environment_and_leaves_no_process(tmp_path: Pa
     RIGHT_ENVIRONMENT.make(tmp_path / "p")
     done = run_hayhost("check", "--json", tmp_path / "p", env={"TOP_SECRET": "s3cr3t", "HAYHOST_ISOLATION": "limited"})
     *names, pid = (route["path"][1:] for route in done.json()["metadata"]["routes"])
-    assert sorted(names) == ["HOME", "LANG", "PATH", "TMPDIR"]
+    assert sorted(names) == ["HOME", "LANG", "LOGNAME", "PATH", "TMPDIR", "USER"]
     wait_until(lambda: all_gone([int(pid)]), "the plugin's child is gone", limit=2)
 
 

@@ -164,7 +164,7 @@ def closes_its_streams(req):
 @attack
 def many_threads(req):
     stop = threading.Event()
-    threads = [threading.Thread(target=stop.wait) for _ in range(100)]
+    threads = [threading.Thread(target=stop.wait) for _ in range(50)]
     for thread in threads:
         thread.start()
     stop.set()

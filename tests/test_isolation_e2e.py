@@ -79,6 +79,28 @@ HONEST = routes(
                 assert "tempfile" in own.read()
             return str(os.stat(folder + "/symbolic").st_size) + os.environ["HOME"].replace(tempfile.gettempdir(), " ok")
     """,
+    copies="""def:
+        import shutil, tarfile, zipfile
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(__file__, folder + "/copy")
+            shutil.copy2(__file__, folder + "/copy2")
+            shutil.copytree(os.path.dirname(__file__), folder + "/tree")
+            os.chmod(folder + "/copy", 0o600)
+            os.utime(folder + "/copy")
+            with tarfile.open(folder + "/t", "w") as tar:
+                tar.add(folder + "/copy", "in/tar")
+            with tarfile.open(folder + "/t") as tar:
+                tar.extractall(folder)
+            with zipfile.ZipFile(folder + "/z", "w") as archive:
+                archive.write(folder + "/copy", "in/zip")
+            with zipfile.ZipFile(folder + "/z") as archive:
+                archive.extractall(folder)
+            return " ".join(sorted(os.listdir(folder + "/in")))
+    """,
+    user="""def:
+        import getpass
+        return getpass.getuser()
+    """,
     numpy="""def:
         import numpy
         return str(int((numpy.ones((200, 200)) @ numpy.ones((200, 200))).sum()))
@@ -113,6 +135,8 @@ WORKS = {
     "ssl": "True",
     "sqlite": "wal 499500",
     "files": "100000 ok",
+    "copies": "tar zip",
+    "user": "plugin",
     "numpy": "8000000",
     "pydantic": '{"x":3}',
     "zoneinfo": "2026-07-01T00:00:00+02:00",
@@ -320,6 +344,7 @@ def test_processor_time_is_limited(serve: Serve, tmp_path: Path) -> None:
     write_plugin(tmp_path / "p", LIMITS, extra=grants(cpu_seconds=1))
     host = serve()
     assert host.get("/plugins/p/acme/spin").status == 502
+    wait_until(lambda: "permissions.cpu_seconds" in crashed(host), "the reason is known")
     assert host.get("/plugins/p/acme/pid").status == 200
 
 
@@ -329,6 +354,40 @@ def test_the_scratch_folder_is_limited(serve: Serve, tmp_path: Path) -> None:
     assert host.get("/plugins/p/acme/fill").status == 500
     host.wait_for_log("a worker's scratch folder holds 64 MiB")
     assert host.get("/plugins/p/acme/pid").status == 200
+
+
+HINTS = routes(
+    "import tempfile",
+    lock="def:\n import multiprocessing\n multiprocessing.Lock()",
+    signal="def:\n os.kill(1, 0)",
+    base="def:\n import sqlite3\n sqlite3.connect('/var/lib/no.db').execute('create table t (n)')",
+    wrapped="def:\n try: open('/etc/passwd')\n except OSError as error: raise ValueError('no settings') from error",
+    outside="def:\n os.chmod(__file__, 0o777)",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lock", "use threads"),
+        ("signal", "the sandbox does not let plugins do this"),
+        ("base", "tempfile.gettempdir() names"),
+        ("wrapped", "ValueError: no settings (a plugin may read its own folder"),
+        ("outside", "tempfile.gettempdir() names"),
+    ],
+)
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "limited"])
+def test_the_author_is_told_what_to_do_instead(tmp_path: Path, level: str, name: str, told: str) -> None:
+    write_plugin(tmp_path / "p", HINTS)
+    with hosting(tmp_path, "--isolation", level, writable=False) as host:
+        assert host.get(f"/plugins/p/acme/{name}").status == 500
+        host.wait_for_log(told)
+
+
+def test_what_writes_at_import_is_told_where_it_belongs(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", routes("import tempfile\ntempfile.mkdtemp()", a="def:\n return ''"))
+    [error] = run_hayhost("check", "--json", tmp_path / "p").json()["errors"]
+    assert "belongs into on_start or later" in error
 
 
 # ---- strict sharing
@@ -367,7 +426,7 @@ SCRATCH = routes(
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "limited"])
 def test_a_scratch_folder_is_the_workers_own_and_goes_with_it(tmp_path: Path, level: str) -> None:
     write_plugin(tmp_path / "p", SCRATCH)
-    with hosting(tmp_path, "--isolation", level) as host:
+    with hosting(tmp_path, "--isolation", level, writable=False) as host:
         for org in ("a", "b"):
             assert host.get(f"/plugins/p/{org}/leave").status == 204
         first, second = (host.get(f"/plugins/p/{org}/look").json() for org in ("a", "b"))
@@ -413,6 +472,21 @@ def test_doctor_fails_if_a_worker_can_do_what_it_must_not() -> None:
     assert {"make a user namespace", "watch files of the machine"} <= succeeded
     done = run_hayhost("doctor", "--layers", "limits,landlock", "--require", "none")
     assert "succeeded" in done.out
+
+
+@pytest.mark.skipif(not os.geteuid(), reason="root has every level")
+def test_doctor_says_what_is_missing_for_a_level() -> None:
+    done = run_hayhost("doctor", "--isolation", "hardened")
+    assert done.code == 1
+    assert f"isolation: {LEVELS[-1]} (required: hardened)" in done.out
+    assert "only root can give each plugin a user of its own" in done.out
+    assert "\\n" not in done.out
+
+
+def test_doctor_says_what_was_not_asked_for() -> None:
+    done = run_hayhost("doctor", "--json", "--isolation", "limited")
+    problems = {layer["layer"]: layer["problem"] for layer in done.json()["layers"]}
+    assert (problems["limits"], problems["seccomp"]) == (None, PROBLEMS["seccomp"] or "not asked for")
 
 
 def test_doctor_for_people() -> None:

@@ -160,7 +160,7 @@ def test_arguments_apart_in_production(start: Start, plugin: Path) -> None:
     health, metadata = healthy(host), host.get("/metadata")
     assert (health["status"], health["lastError"]) == ("healthy", None)
     process = host.get("/process").json()
-    assert set(process["environ"]) == {"PATH", "LANG", "HOME", "TMPDIR"}
+    assert set(process["environ"]) == {"PATH", "LANG", "HOME", "USER", "LOGNAME", "TMPDIR"}
     places = {"health": str(health), "metadata": metadata.body.decode(), "process": str(process)}
     for pid in host.pids():
         places[f"environment of {pid}"] = Path(f"/proc/{pid}/environ").read_text()

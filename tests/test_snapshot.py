@@ -201,3 +201,15 @@ def test_source_and_tracebacks_are_those_of_the_snapshot(tmp_path: Path) -> None
     source, file = _run(folder, script)
     assert "old line" in source
     assert file == str(folder / "helper.py")
+
+
+def test_a_module_where_no_code_is_read_from(tmp_path: Path) -> None:
+    folder = _write(tmp_path, {".venv/lib/helper.py": "X = 1"})
+    script = """
+    sys.path.insert(0, str(folder / ".venv/lib"))
+    try:
+        import helper
+    except ImportError as error:
+        result = str(error)
+    """
+    assert "begin with a dot" in _run(folder, script)

@@ -76,11 +76,11 @@ async def _report(settings: Settings) -> dict[str, Any]:
     }
     try:
         async with host:
-            isolation = host.isolation
-            report |= {"level": isolation.level.label, "layers": [_layer(layer, host) for layer in LAYERS]}
             report["canaries"] = await _canaries(host)
     except HostError as error:
         report["error"] = str(error)
+    if report["error"] is None or host.isolation.layers:
+        report |= {"level": host.isolation.level.label, "layers": [_layer(layer, host) for layer in LAYERS]}
     escaped = [canary for canary in report["canaries"] if canary["refused"] is None]
     enough = Level[report["level"].upper()] >= Level[required.upper()]
     confined = Level[report["level"].upper()] >= Level.CONFINED
@@ -95,7 +95,7 @@ def _layer(layer: str, host: Host) -> dict[str, Any]:
         "layer": layer,
         "about": _ABOUT[layer],
         "inForce": in_force,
-        "problem": problem,
+        "problem": problem or (None if in_force else "not asked for"),
         "remedy": _REMEDIES.get(layer) if problem else None,
     }
 
@@ -126,7 +126,8 @@ def _print(report: dict[str, Any]) -> None:
         print(f"  {yes if layer['inForce'] else no}  {layer['layer']:<11} {layer['about']}")
         if layer["problem"]:
             print(f"       {'':<11} {escape(layer['problem'])}")
-            print(f"       {'':<11} {layer['remedy'] or ''}".rstrip())
+        if layer["remedy"]:
+            print(f"       {'':<11} {layer['remedy']}")
     if report["canaries"]:
         print("\nwhat a worker could do when it tried to:\n")
     for canary in report["canaries"]:
@@ -135,5 +136,5 @@ def _print(report: dict[str, Any]) -> None:
             f"  {paint('32', f'refused ({refused})') if refused else paint('31', 'succeeded'):<20} {canary['attempt']}"
         )
     if report["error"]:
-        print(f"\n{paint('31', 'error:')} {escape(report['error'])}")
+        print(f"\n{paint('31', 'error:')} " + "\n".join(map(escape, report["error"].splitlines())))
     print("\n" + (paint("32", "ok") if report["ok"] else paint("31", "not ok")))

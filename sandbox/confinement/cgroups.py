@@ -7,6 +7,7 @@ itself into a leaf first.
 
 import errno
 import os
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ __all__ = ["Cgroups", "find"]
 
 _CONTROLLERS: Final = ("memory", "pids", "cpu")
 _PERIOD: Final = 100_000
+_AGAIN: Final = 0.01
 
 
 class Cgroups:
@@ -72,16 +74,31 @@ class Cgroups:
                 gone = False
         return gone
 
-    def close(self) -> None:
-        """Remove the host's own groups, and what is left below them."""
-        for folder in self.folders.values():
-            try:
-                for entry in os.scandir(folder):
-                    if entry.is_dir():
-                        os.rmdir(entry.path)
-                os.rmdir(folder)
-            except OSError:
-                pass  # a process that does not die keeps its group
+    def close(self, patience: float = 0.0) -> None:
+        """Remove the host's own groups, and what is left below them.
+
+        Workers that were killed just now keep theirs for some milliseconds: ``patience`` is how many seconds to wait.
+        """
+        deadline = time.monotonic() + patience
+        left = set(self.folders.values())
+        while left := {folder for folder in left if not _remove(folder)}:
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_AGAIN)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove ``folder`` and the groups below it, as far as no process is left in them; whether all are gone."""
+    try:
+        below = [folder / entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:
+        return True  # there is none, or none of ours
+    for path in (*below, folder):
+        try:
+            os.rmdir(path)
+        except OSError:
+            continue  # a process that does not die keeps its group, and nobody else's
+    return not folder.exists()
 
 
 def _make(folder: Path, pid: int, values: dict[str, object], optional: Collection[str] = ()) -> None:

@@ -8,5 +8,7 @@ MINIMAL_ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
     "HOME": "/tmp",
+    "USER": "plugin",  # its user has no name in any file, so getpass.getuser() would raise
+    "LOGNAME": "plugin",
     "TMPDIR": "/tmp",
 }
