@@ -221,9 +221,9 @@ async def test_descriptors_that_come_along_are_not_taken() -> None:
     with ends() as both:
         before = open_descriptors()
         send_descriptors(both.peer.sock, frames(HELLO), 100)
-        for number in range(20):
+        for number in range(5):  # an ordinary user may not have many more under way
             send_descriptors(both.peer.sock, frames(wire.Pong(number)), 100)
-        await until(lambda: len(both.received) == 20)
+        await until(lambda: len(both.received) == 5)
         assert open_descriptors() == before
 
 
