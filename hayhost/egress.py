@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import subprocess
 import sys
 import time
@@ -152,9 +153,20 @@ class Egress:
         if self._closing:
             os.close(descriptor)
         elif self._channel is None or self._channel.is_closed or not self._ready.done():
+            self._drop_ended()
             self._waiting.append((descriptor, attach))
         else:
             self._give(descriptor, attach)
+
+    def _drop_ended(self) -> None:
+        """Close the descriptors of workers that have ended while there was no broker to give them to."""
+        poll = select.poll()
+        for descriptor, _ in self._waiting:
+            poll.register(descriptor, 0)  # whose other end is closed is told of in any case
+        ended = {descriptor for descriptor, _ in poll.poll(0)}
+        self._waiting = [waiting for waiting in self._waiting if waiting[0] not in ended]
+        for descriptor in ended:
+            os.close(descriptor)
 
     def _give(self, descriptor: int, attach: messages.Attach) -> None:
         assert self._channel is not None

@@ -62,6 +62,7 @@ _UIDS: Final = (1 << 30, 1 << 31)
 _REMOVE_AGAIN: Final = 0.05
 _REMOVE_TRIES: Final = 100
 _MOVERS: Final = 4
+_BEFORE_MOVED: Final = 2 << 20  # what a worker has written to by then
 _DYING: Final = 1.0  # how long the last workers may take to be gone
 
 
@@ -103,6 +104,7 @@ class Isolation:
         """Find out what there is, and decide. Raises ``SettingsError`` below the level that is required."""
         probed = await nursery.probe()
         self._decide(probed.problems, probed.interpreter)
+        nursery.contain, nursery.left = self.contain_zygote, self.left
 
     def _decide(self, problems: dict[str, str], interpreter: Iterable[str]) -> None:
         self._interpreter = tuple(interpreter)
@@ -159,7 +161,8 @@ class Isolation:
         rules = seccomp.Rules(
             subprocess=bool(programs),
             private_root=namespaces,
-            scoped_signals=namespaces or abi >= landlock.SIGNALS_SCOPED,
+            private_processes=namespaces,
+            scoped_signals=abi >= landlock.SIGNALS_SCOPED,
             truncate=namespaces or abi >= landlock.TRUNCATE_GOVERNED,
         )
         trees = (str(manifest.folder), *self._interpreter, *_SYSTEM, *programs, *(_FOR_PROGRAMS if programs else ()))
@@ -170,8 +173,10 @@ class Isolation:
             readable=tuple(outermost(os.path.realpath(tree) for tree in trees if os.path.exists(tree))),
             writable=tuple(self._settings.writable),
             programs=programs,
-            scratch=SCRATCH if namespaces else self.folders.path,
+            scratch=SCRATCH if namespaces else self._folder(),
             scratch_size=_SCRATCH,
+            memory=permissions.memory or _MEMORY,
+            processes=permissions.processes or _PROCESSES,
             limits=limits_of(
                 memory=permissions.memory or _MEMORY,
                 counted="cgroups" in layers,
@@ -186,25 +191,36 @@ class Isolation:
             worker_filter=seccomp.worker_filter(rules) if filtered else b"",
         )
 
+    def _folder(self) -> str:
+        try:
+            return self.folders.add()
+        except OSError as error:
+            raise HostError(f"no folder for the plugin's scratch folders can be made: {error}") from None
+
     def admit(self, pid: int, plan: Plan, expected: Descriptors, threads: int) -> str:
         """Look at a new worker; why it cannot be admitted, or empty."""
         return inspect(pid, plan, expected, threads) if "inspection" in plan.layers else ""
 
-    async def contain(self, name: str, pid: int, manifest: Manifest, plan: Plan) -> str:
+    async def contain_zygote(self, name: str, pid: int, plan: Plan) -> str:
+        """Put a zygote into a cgroup of its own before it imports the plugin; why that failed, or empty.
+
+        What its workers had before they were moved stays counted here, so there is room for all of them.
+        """
+        memory = plan.memory + self._settings.max_workers * _BEFORE_MOVED
+        return await self._move(name, pid, plan, memory, _PROCESSES)
+
+    async def contain(self, name: str, pid: int, plan: Plan) -> str:
         """Put a worker into a cgroup of its own; why that failed, or empty.
 
         It takes the kernel many milliseconds to move a process, so a thread waits for it, and no request does.
         """
+        return await self._move(name, pid, plan, plan.memory, plan.processes)
+
+    async def _move(self, name: str, pid: int, plan: Plan, memory: int, processes: int) -> str:
         if self._cgroups is None or "cgroups" not in plan.layers:
             return ""
-        permissions = manifest.permissions
         add = functools.partial(
-            self._cgroups.add,
-            name,
-            pid,
-            memory=permissions.memory or _MEMORY,
-            processes=permissions.processes or _PROCESSES,
-            processors=_PROCESSORS,
+            self._cgroups.add, name, pid, memory=memory, processes=processes, processors=_PROCESSORS
         )
         try:
             await asyncio.get_running_loop().run_in_executor(self._movers, add)
@@ -212,12 +228,12 @@ class Isolation:
             return f"it cannot be put into a cgroup: {error}"
         return ""
 
-    def ran_out(self, name: str, manifest: Manifest) -> str:
+    def ran_out(self, name: str, plan: Plan) -> str:
         """What to tell the author of a worker that was killed because of its memory; empty if it was not."""
         if self._cgroups is None or not self._cgroups.ran_out(name):
             return ""
-        memory = (manifest.permissions.memory or _MEMORY) >> 20
-        return f"it used more than its {memory} MiB of memory; permissions.memory in the manifest can ask for more"
+        used = f"it used more than its {plan.memory >> 20} MiB of memory"
+        return f"{used}; permissions.memory in the manifest can ask for more"
 
     def left(self, name: str) -> None:
         """The worker with these quarters is gone."""
@@ -234,9 +250,9 @@ class Isolation:
         """Whether nothing but ``oversized`` bounds the scratch folders."""
         return bool(self.folders.path)
 
-    def oversized(self, names: Iterable[str]) -> list[str]:
-        """The scratch folders among ``names`` that have grown too large. Walks them: not for the event loop."""
-        return [name for name in names if self.folders.size(name) > _SCRATCH]
+    def oversized(self, paths: Iterable[str]) -> list[str]:
+        """The scratch folders among ``paths`` that have grown too large. Walks them: not for the event loop."""
+        return [path for path in paths if self.folders.size(path) > _SCRATCH]
 
     async def stop(self) -> None:
         """End the egress broker, and close."""

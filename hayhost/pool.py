@@ -229,7 +229,7 @@ class Pool:
         return Quarters(name, await self._scratches(zygote).make(name))
 
     def _scratches(self, zygote: Zygote) -> Scratches:
-        return zygote.keeper or self.isolation.folders.of(zygote.spec.plan.uid)
+        return zygote.keeper or self.isolation.folders.of(zygote.spec.plan)
 
     async def retire(self, worker: Worker, hook: str = "on_stop") -> None:
         """Stop a worker that is out of service already."""
@@ -255,9 +255,9 @@ class Pool:
 
     async def _measure(self) -> None:
         """Replace workers whose scratch folders have grown too large, where they have no file system of their own."""
-        workers = {worker.quarters.name: worker for worker in self.lru}
-        for name in await self.loop.run_in_executor(None, self.isolation.oversized, list(workers)):
-            workers[name].kill("its scratch folder grew beyond its limit")
+        workers = {worker.quarters.scratch: worker for worker in self.lru if worker.quarters.scratch}
+        for path in await self.loop.run_in_executor(None, self.isolation.oversized, list(workers)):
+            workers[path].kill("its scratch folder grew beyond its limit")
 
     def _check(self, worker: Worker, slot: Slot, now: float) -> None:
         """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""

@@ -2,18 +2,19 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import dill
 
 from sandbox import wire
-from sandbox.confinement import MINIMAL_ENVIRONMENT
+from sandbox.confinement import MINIMAL_ENVIRONMENT, Plan
 from sandbox.spec import PluginSpec
 
 from .channel import Channel, socket_pair
@@ -28,6 +29,15 @@ __all__ = ["Nursery", "Process", "Zygote"]
 _SLACK: Final = 10.0
 _READ: Final = 64 << 10
 _PROBE: Final = 30.0
+# A zygote that is let go finishes the forks that it was asked for.
+_LEAVE: Final = 1.0
+
+
+Contain = Callable[[str, int, Plan], Awaitable[str]]
+
+
+async def _nowhere(_name: str, _pid: int, _plan: Plan) -> str:
+    return ""
 
 
 class Process:
@@ -111,6 +121,10 @@ class Nursery:
         self._ids = 0
         self._closing = False
         self._probed: asyncio.Future[wire.Probed] | None = None
+        self.contain: Contain = _nowhere
+        """Puts a zygote into a cgroup before it imports anything; why that failed, or empty."""
+        self.left: Callable[[str], None] = lambda name: None
+        """Called with the name of a zygote's cgroup when it is gone."""
 
     @property
     def pid(self) -> int:
@@ -194,7 +208,7 @@ class Nursery:
         keeper, its = socket_pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         output = _Output(reader, log)
-        zygote = Zygote(spec, ours, keeper, output, log, self.pid)
+        zygote = Zygote(spec, ours, keeper, output, log, self)
         descriptors = [theirs.detach(), writer, its.detach()]
         self._channel.send(wire.SpawnZygote(self._ids, dill.dumps(spec), execute), descriptors)
         return zygote
@@ -223,10 +237,10 @@ class Zygote:
         keeper: socket.socket,
         output: _Output,
         log: PluginLog,
-        nursery: int,
+        nursery: Nursery,
     ) -> None:
         self.spec = spec
-        self.nursery = nursery
+        self.nursery = nursery.pid
         """The pid of the nursery that forked it."""
         self.started = time.monotonic_ns()
         self.loaded: asyncio.Future[wire.Loaded] = asyncio.get_running_loop().create_future()
@@ -243,6 +257,9 @@ class Zygote:
         if self.keeper is None:
             keeper.close()
         self._became = False
+        self._name = f"zygote-{secrets.token_hex(8)}"
+        self._nursery = nursery
+        self._containing: asyncio.Task[None] | None = None
         self._log = log
         self._output = output
         self._process: Process | None = None
@@ -260,7 +277,15 @@ class Zygote:
         try:
             self._process = Process(pid, self._exited)
         except OSError:
-            pass  # dead already: the socket says so next
+            return  # dead already: the socket says so next
+        self._containing = asyncio.get_running_loop().create_task(self._admit(pid))
+
+    async def _admit(self, pid: int) -> None:
+        if problem := await self._nursery.contain(self._name, pid, self.spec.plan):
+            if not self.loaded.done():
+                self.loaded.set_exception(PluginLoadError(f"the plugin cannot be isolated: {problem}"))
+            self.kill()
+        self._channel.send(wire.Admitted())
 
     def _receive(self, message: wire.Loaded | wire.LoadFailed | wire.Log | wire.ChildExited | wire.Hello) -> None:
         match message:
@@ -311,8 +336,13 @@ class Zygote:
                 self._process.kill()
             self._process.close()
         self._channel.close()
+        self._left()
         if self.keeper is not None and not self._became:
             self.keeper.close()
+
+    def _left(self) -> None:
+        # A worker that it has forked just now is still in its cgroup.
+        asyncio.get_running_loop().call_later(_LEAVE, self._nursery.left, self._name)
 
     def fork(
         self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
@@ -323,8 +353,13 @@ class Zygote:
         egress broker, and closed here. What it writes to its descriptors 1 and 2 goes to ``log``, and through no pipe
         that another org's worker has.
         """
-        ours, theirs = socket_pair()
-        reader, writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            ours, theirs = socket_pair()
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            if broker >= 0:
+                os.close(broker)
+            raise
         _Output(reader, log)
         given = [theirs.detach(), writer, *([broker] if broker >= 0 else [])]
         seen = frozenset((status.st_dev, status.st_ino) for status in map(os.fstat, given))
@@ -347,6 +382,9 @@ class Zygote:
             self.keeper.close()
         if not self.loaded.done():
             self.loaded.set_exception(PluginLoadError("the host is stopping"))
-        if self._process:
-            self._process.close()
         self._channel.close()
+        self._left()
+        if self._process and not self._became:  # the plugin's code runs in it, and may not let it exit
+            asyncio.get_running_loop().call_later(_LEAVE, self._process.kill)
+        elif self._process:
+            self._process.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sandbox import wire
+from sandbox.confinement import Plan
 from sandbox.confinement.namespaces import SCRATCH
 
 from .channel import Channel
@@ -33,10 +35,15 @@ class Scratches(Protocol):
 
 
 class Keeper:
-    """The front's handle on the keeper of a plugin's namespaces, where each folder is a file system of its own."""
+    """The front's handle on the keeper of a plugin's namespaces, where each folder is a file system of its own.
+
+    When the keeper hears no more of the front, it ends and all in its namespaces with it.
+    """
 
     def __init__(self, sock: Any) -> None:
         self._waiting: dict[str, asyncio.Future[str]] = {}
+        self._made: set[str] = set()
+        self._leaving = False
         self._channel = Channel(
             sock, wire.FromKeeper, hello=lambda pid, message: None, receive=self._receive, closed=self._closed
         )
@@ -44,9 +51,11 @@ class Keeper:
     async def make(self, name: str) -> str:
         """See ``Scratches.make``."""
         made = self._waiting[name] = asyncio.get_running_loop().create_future()
+        self._made.add(name)
         self._channel.send(wire.MakeScratch(name))
         if self._channel.is_closed:
             self._closed("")
+        error = "it is not needed any more"
         try:
             async with asyncio.timeout(_TIMEOUT):
                 error = await made
@@ -54,13 +63,18 @@ class Keeper:
             error = f"none was made within {_TIMEOUT:g} s"
         finally:
             self._waiting.pop(name, None)
+            if error:
+                self.drop(name)
         if error:
             raise StartFailedError(f"there is no scratch folder for the worker: {error}")
         return f"{SCRATCH}/{name}"
 
     def drop(self, name: str) -> None:
         """See ``Scratches.drop``."""
+        self._made.discard(name)
         self._channel.send(wire.DropScratch(name))
+        if self._leaving and not self._made:
+            self._channel.close()
 
     def _receive(self, message: wire.ScratchMade | wire.Hello) -> None:
         if isinstance(message, wire.ScratchMade) and (made := self._waiting.get(message.name)) and not made.done():
@@ -72,8 +86,10 @@ class Keeper:
                 made.set_result("the plugin's processes have ended")
 
     def close(self) -> None:
-        """Let go of it; it leaves when the last process that it keeps has gone. Closing twice is safe."""
-        self._channel.close()
+        """Let it end, as soon as the last worker's folder is dropped. Closing twice is safe."""
+        self._leaving = True
+        if not self._made:
+            self._channel.close()
 
 
 class Folders:
@@ -96,17 +112,23 @@ class Folders:
         made = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=base)
         self._lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.chmod(made, 0o711 if shared else 0o700)
+        self._mode = 0o711 if shared else 0o700
+        os.chmod(made, self._mode)
         self.path = str(base / os.path.basename(made)[1:])
         os.rename(made, self.path)  # only now another host may look whether it is locked
 
-    def of(self, uid: int | None) -> "Scratches":
-        """Those of a plugin that runs as user ``uid``, or as the host's."""
-        return _Owned(self, uid)
+    def add(self) -> str:
+        """A new folder for those of one plugin: its zygote may write to all of it. Raises ``OSError``."""
+        path = tempfile.mkdtemp(prefix="", dir=self.path)
+        os.chmod(path, self._mode)
+        return path
 
-    def make(self, name: str, uid: int | None) -> str:
-        """See ``Scratches.make``."""
-        path = f"{self.path}/{name}"
+    def of(self, plan: Plan) -> "Scratches":
+        """Those of the plugin that is confined to ``plan``."""
+        return _Owned(self, plan)
+
+    def make(self, path: str, uid: int | None) -> str:
+        """See ``Scratches.make``; for a plugin that runs as user ``uid``, or as the host's."""
         try:
             os.mkdir(path, 0o700)
             if uid is not None:
@@ -115,30 +137,33 @@ class Folders:
             raise StartFailedError(f"there is no scratch folder for the worker: {error.strerror}") from None
         return path
 
-    def drop(self, name: str) -> None:
+    def drop(self, path: str) -> None:
         """See ``Scratches.drop``."""
-        path = f"{self.path}/{name}"
         try:
             os.rmdir(path)  # most are empty
         except OSError:
             asyncio.get_running_loop().run_in_executor(None, _remove, path)
 
-    def size(self, name: str) -> int:
-        """Bytes that the folder ``name`` takes on the disk."""
+    def size(self, path: str) -> float:
+        """Bytes that the folder ``path`` takes on the disk; infinitely many if the plugin has hidden some."""
         total = 0
-        pending = [f"{self.path}/{name}"]
+        pending = [path]
         while pending:
             try:
                 entries = list(os.scandir(pending.pop()))
-            except OSError:
-                continue
+            except FileNotFoundError:
+                continue  # gone meanwhile
+            except OSError:  # not to be read, or nested deeper than a path is long
+                return math.inf
             for entry in entries:
                 try:
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
-                except OSError:
+                except FileNotFoundError:
                     continue
+                except OSError:
+                    return math.inf
         return total
 
     def close(self) -> None:
@@ -150,24 +175,38 @@ class Folders:
 
 
 class _Owned:
-    def __init__(self, folders: Folders, uid: int | None) -> None:
+    def __init__(self, folders: Folders, plan: Plan) -> None:
         self._folders = folders
-        self._uid = uid
+        self._plan = plan
 
     async def make(self, name: str) -> str:
-        return self._folders.make(name, self._uid)
+        return self._folders.make(f"{self._plan.scratch}/{name}", self._plan.uid)
 
     def drop(self, name: str) -> None:
-        self._folders.drop(name)
+        self._folders.drop(f"{self._plan.scratch}/{name}")
 
 
 def _remove(path: str) -> None:
     try:
         shutil.rmtree(path)
     except (OSError, RecursionError):  # a plugin may nest folders deeper than Python can follow
+        _open_all(path)
         done = subprocess.run(["/bin/rm", "-rf", "--one-file-system", path], stderr=subprocess.DEVNULL, check=False)
         if done.returncode:
             get_logger().warning("a scratch folder could not be removed", folder=path)
+
+
+def _open_all(path: str) -> None:
+    """Give back the rights without which the plugin has made folders, so that they can be removed."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:  # by descriptor: the plugin's zygote may put a link in the place of the folder
+        command = ["/bin/chmod", "-R", "u+rwX", "."]
+        subprocess.run(command, cwd=f"/proc/self/fd/{folder}", stderr=subprocess.DEVNULL, check=False)
+    finally:
+        os.close(folder)
 
 
 def _remove_if_left(folder: Path) -> None:

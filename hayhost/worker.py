@@ -155,23 +155,27 @@ class Worker:
             return
         self.stamps = list(message.stamps)
         self._log.bind(worker=pid)
-        plan, manifest = self.zygote.spec.plan, self.version.manifest
+        plan = self.zygote.spec.plan
         self._pid_inside = pid_inside(pid) if "namespaces" in plan.layers else pid
         threads = 1 if self.zygote is self.version.zygote else self.zygote.threads
         if problem := self._isolation.admit(pid, plan, self._descriptors, threads):
             self._end(f"it is not admitted: {problem}")
             return
-        containing = self._loop.create_task(self._isolation.contain(self.quarters.name, pid, manifest, plan))
+        containing = self._loop.create_task(self._isolation.contain(self.quarters.name, pid, plan))
         containing.add_done_callback(self._contained)
         self._containing = containing  # a task that nobody holds may be lost
         self._channel.send(wire.Admitted())
-        if not self.hello.done():
+        if not plan.programs and not self.hello.done():
             self.hello.set_result(None)
 
     def _contained(self, containing: "asyncio.Task[str]") -> None:
         self._containing = None
-        if not containing.cancelled() and (problem := containing.result()) and not self._ending:
+        if self._ending or containing.cancelled():
+            return
+        if problem := containing.result():
             self.kill(problem)
+        elif not self.hello.done():  # what it started before it was in its cgroup would stay outside
+            self.hello.set_result(None)
 
     def start(self, installation: Installation, *, serve: bool, hook_timeout: float) -> None:
         """Tell it whose it is. With ``serve`` false it runs no ``on_start`` and serves no requests.
@@ -266,7 +270,7 @@ class Worker:
         status = self.zygote.exits.get(self._pid_inside)
         if status is None:
             return None
-        if status == -signal.SIGKILL and (memory := self._isolation.ran_out(self.quarters.name, self.version.manifest)):
+        if status == -signal.SIGKILL and (memory := self._isolation.ran_out(self.quarters.name, self.zygote.spec.plan)):
             return memory
         if status == -signal.SIGXCPU:
             spent = f"{self.version.manifest.permissions.cpu_seconds} s of processor time"

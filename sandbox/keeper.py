@@ -1,7 +1,8 @@
 """The keeper: the first process in the namespaces of a loaded plugin. Trusted code only; it runs none of the plugin's.
 
 Whatever loses its parent in there becomes its child, and all of them end with it. It makes the workers' scratch
-folders, as nobody else in there may mount anything, and leaves when the last process that it keeps has gone.
+folders, as nobody else in there may mount anything, and leaves when the last process that it keeps has gone, or when
+the front lets go of it: then nothing that a plugin has left behind is of use to anybody.
 """
 
 import os
@@ -56,7 +57,7 @@ def _keep(sock: socket.socket, scratches: namespaces.Scratches) -> NoReturn:
                 continue
             data = processes.receive(sock, 1 << 16, [])
             if not data:
-                poll.unregister(sock)  # the version serves no more; its last workers still do
+                os._exit(0)
             for message in decoder.feed(data):
                 if isinstance(message, wire.MakeScratch):
                     _send(sock, wire.ScratchMade(message.name, _made(scratches, message.name)))

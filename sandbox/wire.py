@@ -261,7 +261,8 @@ class McpServers(Message, tag=15):
 
 
 class Admitted(Message, tag=29):
-    """The front has looked at the worker and takes it. Until then it opens nothing that was not there to be seen."""
+    """The front has looked at the worker, or put the zygote into its cgroup, and takes it. Until then a worker opens
+    nothing that was not there to be seen, and a zygote imports nothing."""
 
 
 class Start(Message, tag=16):
@@ -345,7 +346,7 @@ ToNursery = SpawnZygote | Probe
 FromNursery = Hello | ChildExited | Probed
 ToKeeper = MakeScratch | DropScratch
 FromKeeper = Hello | ScratchMade
-ToZygote = Fork
+ToZygote = Fork | Admitted
 FromZygote = Hello | Loaded | LoadFailed | Log | ChildExited
 FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers | State
 ToWorker = Admitted | Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State

@@ -28,6 +28,7 @@ from .spec import PluginSpec
 __all__ = ["run"]
 
 _SWEEP_AFTER: Final = 0.2
+_ADMITTED: Final = wire.encode(wire.Admitted())
 # Numeric libraries start threads as soon as they are loaded, and a process with threads cannot be forked.
 _POOLS: Final = ("OPENBLAS", "OMP", "MKL", "NUMEXPR")
 _MAX_METADATA: Final = wire.MAX_FRAME - wire.CHUNK  # there are hooks and warnings in the same frame
@@ -65,6 +66,8 @@ def run(pickled: bytes, control: int, output: int, keeper: int) -> None:
     stamps("confined")
     zygote = _Zygote(sock)
     zygote.send(wire.Hello(wire.VERSION, stamps.all))
+    zygote.wait()
+    stamps("admitted")
     plugin = zygote.load(spec, stamps)
     if plugin is not None:
         zygote.serve(plugin)
@@ -96,6 +99,11 @@ class _Zygote:
         try:
             self._sock.sendall(wire.encode(message))
         except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+
+    def wait(self) -> None:
+        """Wait until the front takes this process, which is the first that it says."""
+        if not self._sock.recv(len(_ADMITTED), socket.MSG_WAITALL):
             os._exit(0)
 
     def load(self, spec: PluginSpec, stamps: _Stamps) -> LoadedPlugin | None:
@@ -142,6 +150,7 @@ class _Zygote:
                     continue
                 data = processes.receive(self._sock, 1 << 16, descriptors)
                 for message in decoder.feed(data):
+                    assert isinstance(message, wire.Fork)
                     given = descriptors[: 3 if message.network else 2]
                     del descriptors[: len(given)]
                     self._fork(plugin, message, given)

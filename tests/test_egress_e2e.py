@@ -1,5 +1,6 @@
 """The network of plugins, through the real host: what the manifest lists, with the libraries that plugins use."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hayhost.egress import Egress
 
 from .conftest import HostProcess, routes, wait_until, write_plugin
 from .hosting import hosting, logged
@@ -180,3 +183,18 @@ def test_a_killed_broker_is_started_anew_and_its_workers_replaced(host: HostProc
     os.kill(broker, signal.SIGKILL)
     wait_until(lambda: host.health("listed", "acme")["pid"] != before, "the worker is replaced")
     assert ask(host, "listed", "urllib", "api.test", network.port)["host"].startswith("api.test")
+
+
+def test_workers_that_end_while_there_is_no_broker_keep_no_descriptor() -> None:
+    asyncio.run(_attach_and_end())
+
+
+async def _attach_and_end() -> None:
+    egress = Egress()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        egress.attach(ours.detach(), "p", "acme", True)
+        theirs.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    await egress.stop()

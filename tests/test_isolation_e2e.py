@@ -1,21 +1,26 @@
 """How workers are isolated: the levels, what still works at each, and what the manifest's permissions change."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hayhost import scratch
+from hayhost.scratch import Folders
 from sandbox.confinement import Level
 from sandbox.confinement.probes import probe
 
 from .commands import run_hayhost
-from .conftest import LIMIT, HostProcess, Serve, routes, wait_until, write_plugin
+from .conftest import LIMIT, HostProcess, Serve, all_gone, routes, wait_until, write_plugin
 from .hosting import hosting
 
 PROBLEMS = probe()
@@ -448,10 +453,175 @@ def test_the_folders_of_a_killed_host_are_removed_by_the_next(tmp_path: Path) ->
     for _ in range(2):
         with hosting(tmp_path, "--isolation", "confined") as host:
             assert host.get("/plugins/p/a/leave").status == 204
-            folders.append(Path(host.get("/plugins/p/a/look").json()["folder"]).parent)
+            folders.append(Path(host.get("/plugins/p/a/look").json()["folder"]).parent.parent)
             assert [folder.exists() for folder in folders] == [False, True][-len(folders) :]
             host.kill()
     shutil.rmtree(folders[-1])
+
+
+SEEKER = """
+import sys
+frame, plan = sys._getframe(), None
+while frame is not None and plan is None:
+    plan = next((value.plan for value in frame.f_locals.values() if hasattr(value, "plan")), None)
+    frame = frame.f_back
+FOUND = []
+for folder in {plan.scratch, os.path.dirname(plan.scratch)}:
+    try:
+        FOUND += [os.path.join(base, file) for base, _, files in os.walk(folder) for file in files]
+        open(folder + "/left", "w").close()
+        FOUND.append(folder)
+    except OSError:
+        pass
+"""
+
+
+def test_a_zygote_reaches_no_scratch_folder_of_another_plugin(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "p", SCRATCH)
+    with hosting(tmp_path, "--isolation", "confined", writable=False) as host:
+        assert host.get("/plugins/p/a/leave").status == 204
+        own = Path(host.get("/plugins/p/a/look").json()["folder"])
+        write_plugin(tmp_path / "seeker", routes(SEEKER, found="def:\n return FOUND"))
+        wait_until(lambda: host.get("/plugins/seeker/a/found").status == 200, "the other plugin is loaded")
+        [found] = host.get("/plugins/seeker/a/found").json()
+        assert Path(found).parent == own.parent.parent
+        assert found != str(own.parent)
+
+
+def test_a_folder_that_cannot_be_measured_is_too_large_and_is_removed_all_the_same(tmp_path: Path) -> None:
+    folders = Folders()
+    (deep := tmp_path / "deep").mkdir()
+    assert folders.size(str(deep)) == 0
+    inside = os.open(deep, os.O_RDONLY)
+    for _ in range(30):
+        os.mkdir("d" * 200, dir_fd=inside)
+        inside, outside = os.open("d" * 200, os.O_RDONLY, dir_fd=inside), inside
+        os.close(outside)
+    os.close(inside)
+    assert folders.size(str(deep)) == math.inf
+    (hidden := tmp_path / "hidden" / "below").mkdir(parents=True)
+    (hidden / "file").touch()
+    hidden.chmod(0o300)
+    for folder in (deep, hidden.parent):
+        scratch._remove(str(folder))
+        assert not folder.exists()
+
+
+LEAVES_A_PROCESS = """
+if os.fork() == 0:
+    os.setsid()
+    os.closerange(0, 100)
+    time.sleep(600)
+    os._exit(0)
+"""
+DOES_NOT_LEAVE = """
+import sandbox.zygote
+sandbox.zygote._Zygote.serve = lambda self, plugin: time.sleep(600)
+"""
+
+
+def _named(host: HostProcess, name: str) -> list[int]:
+    return [pid for pid in host.pids() if Path(f"/proc/{pid}/comm").read_text().strip() == name]
+
+
+@pytest.mark.parametrize(
+    ("level", "source", "count"),
+    [("confined", DOES_NOT_LEAVE, 1), ("namespaced", DOES_NOT_LEAVE, 1), ("namespaced", LEAVES_A_PROCESS, 2)],
+    ids=["zygote", "zygote-in-namespaces", "child"],
+)
+def test_what_an_import_leaves_goes_with_the_plugin(tmp_path: Path, level: str, source: str, count: int) -> None:
+    if level not in LEVELS:
+        pytest.skip(f"this machine is not {level}")
+    write_plugin(tmp_path / "stays", routes("", pid="def:\n return str(os.getpid())"))
+    write_plugin(tmp_path / "goes", routes(source))
+    with hosting(tmp_path, "--isolation", level) as host:
+        assert len(_named(host, "hay:goes")) == count
+        shutil.rmtree(tmp_path / "goes")
+        wait_until(lambda: not _named(host, "hay:goes"), "its processes are gone")
+        assert host.get("/plugins/stays/a/pid").status == 200
+
+
+def test_workers_of_a_version_that_is_replaced_finish_what_they_do(tmp_path: Path) -> None:
+    source = routes("", slow="async def:\n await asyncio.sleep(3)\n return 'done'")
+    write_plugin(tmp_path / "p", source)
+    with hosting(tmp_path) as host, ThreadPoolExecutor(1) as pool:
+        assert host.get("/plugins/p/a/health").status == 200
+        answer = pool.submit(host.get, "/plugins/p/a/slow")
+        wait_until(lambda: host.health("p", "a")["state"] == "ready", "it has started")
+        write_plugin(tmp_path / "p", source.replace("done", "new"))
+        assert answer.result().body in (b"done", b"new")
+
+
+hardened = pytest.mark.skipif("hardened" not in LEVELS, reason="cgroups are for root")
+
+
+def _outside(host: HostProcess, pids: list[int]) -> list[int]:
+    """Those of ``pids`` that are in the host's own group, for one controller at least."""
+    own = Path(f"/proc/{host.pid}/cgroup").read_text().splitlines()
+    return [pid for pid in pids if set(own) & set(_limited(Path(f"/proc/{pid}/cgroup").read_text().splitlines()))]
+
+
+def _limited(groups: list[str]) -> list[str]:
+    return [line for line in groups if {"memory", "pids", "cpu"} & set(line.split(":")[1].split(","))] or groups
+
+
+@hardened
+def test_what_a_worker_starts_at_once_is_in_its_cgroup(tmp_path: Path) -> None:
+    source = routes("", pids="def:\n return [os.getpid(), self.child]")
+    source += "\n    def on_start(self, ctx):\n        self.child = os.fork()\n"
+    source += "        if not self.child:\n            time.sleep(600)\n"
+    write_plugin(tmp_path / "p", source, extra=grants(subprocess=["true"]))
+    with hosting(tmp_path, "--isolation", "hardened") as host, ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda number: host.get(f"/plugins/p/org{number}/pids").status, range(24)))
+        assert answers == [200] * 24
+        everyone = _named(host, "hay:p")
+        assert _outside(host, everyone) == []
+        assert sum("/zygote-" in Path(f"/proc/{pid}/cgroup").read_text() for pid in everyone) == 1
+
+
+@hardened
+def test_what_is_started_at_import_is_bounded(tmp_path: Path) -> None:
+    source = """
+    import os, time
+    started = 0
+    try:
+        while started < 600:
+            if not os.fork():
+                time.sleep(600)
+            started += 1
+    except OSError:
+        pass
+    """
+    write_plugin(tmp_path / "p", textwrap.dedent(source) + routes("", started="def:\n return str(started)"))
+    with hosting(tmp_path, "--isolation", "hardened") as host:
+        assert len(_named(host, "hay:p")) < 300
+        assert _outside(host, _named(host, "hay:p")) == []
+
+
+LIES = """
+import ctypes, struct
+from sandbox.confinement import seccomp
+install, fork = seccomp.install, os.fork
+seccomp.install = lambda program: install(struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000))
+import sandbox.zygote
+sandbox.zygote._Zygote._sweep = lambda self: setattr(self, "_sweep_at", None)
+"""
+
+
+@hardened
+def test_what_the_worker_of_a_zygote_that_lies_leaves_goes_with_it(tmp_path: Path) -> None:
+    leave = "def:\n if not fork():\n  os.setsid()\n  time.sleep(600)\n return 'left'"
+    write_plugin(tmp_path / "p", routes(LIES, leave=leave, die="async def:\n os._exit(3)", start="async def:\n pass"))
+    with hosting(tmp_path, "--isolation", "hardened") as host:
+        assert host.get("/plugins/p/a/start").status == 204
+        worker = host.health("p", "a")["pid"]
+        wait_until(lambda: not _outside(host, [worker]), "it is in its cgroup")
+        assert host.get("/plugins/p/a/leave").body == b"left"
+        threads = Path(f"/proc/{worker}/task").glob("*/children")
+        left = [int(pid) for children in threads for pid in children.read_text().split()]
+        assert len(left) == 1
+        assert host.get("/plugins/p/a/die").status == 502
+        wait_until(lambda: all_gone(left), "what it left is gone")
 
 
 # ---- doctor

@@ -20,7 +20,7 @@ from .bpf import Data, InvalidProgramError, decode, explore, run
 
 _Build = Callable[..., bytes]
 _FILTERS: Final[tuple[_Build, ...]] = (zygote_filter, worker_filter)
-_RULES: Final = [Rules(*flags) for flags in itertools.product((False, True), repeat=4)]
+_RULES: Final = [Rules(*flags) for flags in itertools.product((False, True), repeat=5)]
 _ALL: Final = Rules(subprocess=True, private_root=True, scoped_signals=True)
 _ALLOW: Final = "allow"
 _GARBAGE: Final = 0xDEADBEEF << 32
@@ -181,6 +181,7 @@ _NAMESPACES: Final = (0x80, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000
 _FORK: Final = 0x1200011
 _VFORK: Final = 0x4111
 # call, args, what it takes for both, for the zygote only; "" means never
+_SIGNALS: Final = "scoped and subprocess or zygote and (scoped or tree)"
 _CASES: Final[list[tuple[str, tuple[int, ...], str]]] = [
     ("clone", (_THREAD,), "always"),
     ("clone", (_THREAD | 0x400000,), "always"),
@@ -202,9 +203,9 @@ _CASES: Final[list[tuple[str, tuple[int, ...], str]]] = [
     ("execveat", (3, _POINTER, 0, 0, _GARBAGE | 0x1100), ""),
     ("kill", (_PID, 9), "always"),
     ("kill", (_PID | _GARBAGE, 9), "always"),
-    *[("kill", (pid & (1 << 64) - 1, 9), "scoped and (zygote or subprocess)") for pid in (0, -1, 1, -_PID, _PID + 1)],
+    *[("kill", (pid & (1 << 64) - 1, 9), _SIGNALS) for pid in (0, -1, 1, -_PID, _PID + 1)],
     ("tgkill", (_PID, _PID + 1, 9), "always"),
-    ("tgkill", (_PID + 1, _PID + 1, 9), "scoped and (zygote or subprocess)"),
+    ("tgkill", (_PID + 1, _PID + 1, 9), _SIGNALS),
     ("pidfd_open", (1, 0), "subprocess"),
     ("pidfd_send_signal", (3, 9, 0, 0), "subprocess and scoped"),
     ("setsid", (), "zygote"),
@@ -296,6 +297,7 @@ def test_decisions_about_arguments(rules: Rules, build: _Build, machine: str) ->
         "subprocess": rules.subprocess,
         "private": rules.private_root,
         "scoped": rules.scoped_signals,
+        "tree": rules.private_processes,
         "truncate": rules.truncate,
     }
     for name, args, needs in _CASES + (_X86_CASES if machine == "x86_64" else []):

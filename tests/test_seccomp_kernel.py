@@ -203,6 +203,8 @@ _STARTED: Final = {"fork": 3, "run": 0, "spawn": 0, "asyncio": 0, "shell": "1\n"
         (Rules(), True, {"fork": "EPERM", "session": "EPERM", "self": "EPERM", "parent": "EPERM", **_REFUSED}),
         (Rules(scoped_signals=True), False, {"fork": 3, "self": 0, "parent": None, **_REFUSED}),
         (Rules(scoped_signals=True), True, {"fork": "EPERM", "self": 0, "parent": "EPERM", **_REFUSED}),
+        (Rules(private_processes=True), False, {"fork": 3, "self": 0, "parent": None, **_REFUSED}),
+        (Rules(private_processes=True), True, {"fork": "EPERM", "self": 0, "parent": "EPERM", **_REFUSED}),
         (_ALL, False, {**_STARTED, "self": 0, "parent": None}),
         (_ALL, True, {**_STARTED, "session": "EPERM", "self": 0, "parent": None}),
     ],

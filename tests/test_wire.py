@@ -45,7 +45,7 @@ UNIONS: list[tuple[Any, list[wire.Message]]] = [
     (wire.FromWorker, UP),
     (wire.ToWorker, DOWN),
     (wire.FromZygote, ZYGOTE),
-    (wire.ToZygote, [wire.Fork(), wire.Fork(True)]),
+    (wire.ToZygote, [wire.Admitted(), wire.Fork(), wire.Fork(True)]),
     (wire.FromNursery, [wire.Hello(wire.VERSION, []), wire.ChildExited(1, 0), wire.Probed({"uid": "no"}, ["/lib"])]),
     (wire.ToNursery, [wire.SpawnZygote(1, b"pickled"), wire.SpawnZygote(1, b"", True), wire.Probe()]),
     (wire.FromKeeper, [wire.Hello(wire.VERSION, []), wire.ScratchMade("a", "")]),

@@ -7,6 +7,7 @@ itself into a leaf first.
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -63,7 +64,7 @@ class Cgroups:
         return any(key == "oom_kill" and count != "0" for key, count in zip(fields[::2], fields[1::2], strict=False))
 
     def remove(self, name: str) -> bool:
-        """Remove group ``name``; ``False`` while a process is left in it."""
+        """Kill what is left in group ``name``, and remove it; ``False`` while a process is in it all the same."""
         gone = True
         for folder in self.folders.values():
             try:
@@ -72,6 +73,7 @@ class Cgroups:
                 pass
             except OSError:
                 gone = False
+                _kill(folder / name)
         return gone
 
     def close(self, patience: float = 0.0) -> None:
@@ -99,6 +101,14 @@ def _remove(folder: Path) -> bool:
         except OSError:
             continue  # a process that does not die keeps its group, and nobody else's
     return not folder.exists()
+
+
+def _kill(folder: Path) -> None:
+    try:
+        for pid in (folder / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        pass  # gone meanwhile; whoever is not is killed the next time
 
 
 def _make(folder: Path, pid: int, values: dict[str, object], optional: Collection[str] = ()) -> None:

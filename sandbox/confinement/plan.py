@@ -65,6 +65,10 @@ class Plan:
     """The folder that the workers' scratch folders are in."""
     scratch_size: int = 0
     limits: Limits = ()
+    memory: int = 0
+    """Bytes that a worker and all that it starts may use, where a cgroup counts them."""
+    processes: int = 0
+    """Processes and threads of a worker, counted likewise."""
     uid: int | None = None
     """The plugin's own user and group."""
     zygote_filter: bytes = b""

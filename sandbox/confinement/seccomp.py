@@ -152,9 +152,13 @@ class Rules:
     private_root: bool = False
     """All that can be seen is read-only but the plugin's own scratch: owners, modes and times change nowhere else."""
 
+    private_processes: bool = False
+    """The plugin has a process tree of its own, so that its zygote reaches nobody else's. Its workers are in it, too:
+    none may signal but itself."""
+
     scoped_signals: bool = False
-    """The kernel keeps signals from leaving the sandbox. Without it a zygote may signal itself only, and as its filter
-    stays in force, its workers nobody: a library's ``abort()`` still ends them."""
+    """The kernel keeps signals from leaving each worker. With neither, a zygote may signal itself only, and as its
+    filter stays in force, its workers nobody: a library's ``abort()`` still ends them."""
 
     truncate: bool = True
     """Landlock governs truncating. Without it only what is opened for writing can be truncated."""
@@ -162,11 +166,12 @@ class Rules:
 
 def zygote_filter(rules: Rules, machine: str | None = None) -> bytes:
     """The filter of a plugin zygote, which forks workers, and lets them confine themselves further."""
+    everybody = rules.scoped_signals or rules.private_processes
     fork: dict[str, Node] = {
         "clone": _clone(fork=True, vfork=rules.subprocess),
         "fork": ALLOW,
-        "kill": ALLOW if rules.scoped_signals else _is(0, OWN_PID),
-        "tgkill": ALLOW if rules.scoped_signals else _is(0, OWN_PID),
+        "kill": ALLOW if everybody else _is(0, OWN_PID),
+        "tgkill": ALLOW if everybody else _is(0, OWN_PID),
         "setsid": ALLOW,
         "setpgid": ALLOW,
         "seccomp": _one_of(low(0), [_SECCOMP_SET_MODE_FILTER], _is(1, 0)),
