@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .host import machine, percentile, running
+from .reload import MANIFEST
 
 PLUGIN: Final = """
 from hayhost.sdk import *
@@ -78,15 +79,7 @@ class P:
         return {}
 """
 BOMBS: Final = ("memory", "processes", "threads", "descriptors", "disk", "spin", "log")
-MANIFEST: Final = """[project]
-name = "p"
-version = "1"
-[tool.hay-plugin]
-entry = "./plugin.py"
-displayName = "p"
-category = "tool"
-capabilities = ["routes"]
-[tool.hay-plugin.permissions]
+PERMISSIONS: Final = """[tool.hay-plugin.permissions]
 subprocess = ["true"]
 """
 
@@ -170,7 +163,7 @@ def main() -> None:
         plugins = Path(directory)
         plugins.chmod(0o755)
         (plugins / "p").mkdir()
-        (plugins / "p" / "pyproject.toml").write_text(MANIFEST)
+        (plugins / "p" / "pyproject.toml").write_text(MANIFEST + PERMISSIONS)
         (plugins / "p" / "plugin.py").write_text(PLUGIN)
         with running(plugins, "--no-reload", "--isolation", arguments.isolation) as host:
             host.get("/plugins/p/quiet/ping")

@@ -1048,6 +1048,8 @@ def test_reloads_under_load_lose_nothing_and_leave_nothing(own: Callable[..., La
             served.append(version)
             wait_until(lambda before=before: all(now > then for now, then in zip(answers, before, strict=True)))  # type: ignore[misc]
             if version == 3:
+                # The nursery, the watcher, two zygotes, the workers and a spare, which may be a while in coming.
+                wait_until(lambda: len(lab.host.pids()) >= 2 + 2 + orgs + 1, "all are there")
                 plateau, descriptors = lab.host.pids(), _descriptors(lab.host.pid)
     finally:
         stop.set()
