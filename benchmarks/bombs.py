@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from .host import machine, percentile, running
+from hayhost.bench.figures import machine, percentile
+from hayhost.bench.host import running
+
 from .reload import MANIFEST
 
 PLUGIN: Final = """

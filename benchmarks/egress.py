@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hayhost import logs
+from hayhost.bench.figures import machine, summary
 from hayhost.egress import Egress
 from sandbox import network
-
-from .host import machine, summary
 
 MESSAGE = 64
 BLOCK = bytes(64 << 10)

@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from .host import Host, machine, running, summary
+from hayhost.bench.figures import machine, summary
+from hayhost.bench.host import Host, running
+
 from .reload import MANIFEST, save
 
 SETS: Final = {

@@ -11,7 +11,7 @@ import time
 from http.client import HTTPConnection, HTTPException
 from typing import Any, Self
 
-from .host import percentile
+from hayhost.bench.figures import percentile
 
 __all__ = ["Load"]
 

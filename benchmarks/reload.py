@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .host import Host, machine, running, summary
+from hayhost.bench.figures import machine, summary
+from hayhost.bench.host import Host, running
+
 from .load import Load
 
 DEBOUNCE = 100.0
@@ -77,7 +79,7 @@ def latency(host: Host, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _state(host: Host) -> dict[str, float]:
-    return {"processes": host.processes(), "descriptors": host.descriptors(), "rss MiB": host.rss()}
+    return {"processes": len(host.processes()), "descriptors": host.descriptors(), "rss MiB": host.rss()}
 
 
 def under_load(host: Host, folder: Path, reloads: int, connections: int, orgs: int) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def under_load(host: Host, folder: Path, reloads: int, connections: int, orgs: i
             if number == 3:  # buffers, pools and the version before are there by now
                 before = _state(host)
     deadline = time.monotonic() + 20
-    while host.processes() > before["processes"] and time.monotonic() < deadline:
+    while len(host.processes()) > before["processes"] and time.monotonic() < deadline:
         time.sleep(0.1)  # old workers finish
     return {
         "reloads": reloads,

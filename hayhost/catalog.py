@@ -116,6 +116,8 @@ class Plugin:
         """Set once the first load has succeeded or failed."""
         self.changed: Callable[[], None] = lambda: None
         """Called when another version serves."""
+        self.reported: Callable[[], None] = lambda: None
+        """Called when a load, whatever came of it, is in ``history``."""
         self.outdated: Callable[[], None] = lambda: None
         """Called when another version serves to whose loading nobody will exchange the workers."""
         self.exchanging = asyncio.Lock()
@@ -169,6 +171,7 @@ class Plugin:
         took = (time.monotonic() - started) * 1000
         version = (self.tried or self.manifest).version
         self.history.append(LoadRecord(time.time(), action, self.seen, version, took, self.error))
+        self.reported()
 
     def serve(self, version: Version, action: str, started: float, changes: list[str] | None = None) -> None:
         """Let ``version`` serve from now on, and keep the one before it for a rollback."""
@@ -187,6 +190,7 @@ class Plugin:
         )
         self._serves.set()
         self.changed()
+        self.reported()
 
     def _keep(self, version: Version) -> None:
         """Keep ``version``, which served until now, unless there is nothing to go back to."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sandbox import wire
 
-__all__ = ["Channel", "socket_pair"]
+__all__ = ["Channel", "Exits", "socket_pair"]
 
 # One read's worth per turn of the loop and child: a child that floods gets its share, not more.
 _READ = 128 << 10
@@ -18,6 +18,7 @@ _READ = 128 << 10
 _DRAIN_READS = 8
 # Joined and copied at once at most, so that a long backlog is not copied again for every piece that leaves.
 _WRITE = 256 << 10
+_EXITS = 64
 _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
 
 
@@ -27,6 +28,23 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     ours.setblocking(False)
     return ours, theirs
+
+
+class Exits:
+    """How the last children of a process ended, as it says: pid to exit code, or minus a signal."""
+
+    def __init__(self) -> None:
+        self._status: dict[int, int] = {}
+
+    def add(self, message: wire.ChildExited) -> None:
+        """One more has ended."""
+        self._status[message.pid] = message.status
+        while len(self._status) > _EXITS:
+            self._status.pop(next(iter(self._status)))
+
+    def get(self, pid: int) -> int | None:
+        """How child ``pid`` ended; ``None`` if that is not known."""
+        return self._status.get(pid)
 
 
 class Channel:
@@ -58,14 +76,19 @@ class Channel:
         self.is_closed = False
         self._loop.add_reader(sock, self._read_hello)
 
-    def send(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
-        """Queue a frame; frames of one turn of the loop leave together. ``descriptors`` are closed once sent."""
+    def send(self, message: wire.Message, descriptors: Sequence[int] = (), *, now: bool = False) -> None:
+        """Queue a frame; frames of one turn of the loop leave together. ``descriptors`` are closed once sent.
+
+        ``now``, if it is likely to be the only one, saves a turn.
+        """
         if self.is_closed:
             for descriptor in descriptors:
                 os.close(descriptor)
             return
         self._out.append((wire.encode(message), descriptors))
-        if not self._scheduled:
+        if now and not self._writer_added:
+            self._flush()
+        elif not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 

@@ -32,7 +32,6 @@ _SHORT_LIFE: Final = 10.0
 
 K = TypeVar("K")
 V = TypeVar("V")
-Lost = Callable[[set[tuple[str, str]]], None]
 
 
 @dataclass(slots=True)
@@ -76,13 +75,12 @@ class Egress:
         *,
         allow: Iterable[str] = (),
         nameserver: str = "",
-        lost: Lost | None = None,
         uid: int = _NOBODY,
         gid: int = _NOBODY,
     ) -> None:
         root = os.geteuid() == 0
         self._configure = messages.Configure(list(allow), nameserver, uid if root else -1, gid if root else -1)
-        self._lost = lost
+        self.lost: Callable[[set[tuple[str, str]]], None] = lambda workers: None
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -203,8 +201,8 @@ class Egress:
                 get_logger().error("the egress broker does not start", reason=str(error))
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
-        if self._lost is not None and orphans:
-            self._lost(orphans)
+        if orphans:
+            self.lost(orphans)
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, messages.Dropped):

@@ -1,16 +1,27 @@
 """The host's errors, one class per condition; each knows the HTTP status or exit code that it amounts to."""
 
+from collections.abc import Mapping
+from itertools import islice
 from typing import ClassVar
 
 __all__ = [
+    "ConflictError",
+    "ExistsError",
     "HostError",
+    "InvalidError",
     "ManifestError",
+    "NotAllowedError",
+    "NotFoundError",
     "PluginLoadError",
     "QueueFullError",
     "RequestError",
     "RequestTimeoutError",
+    "SecretKeyError",
     "SettingsError",
     "StartFailedError",
+    "StoreError",
+    "StoreUnavailableError",
+    "StoreVersionError",
     "UnavailableError",
     "WorkerLostError",
 ]
@@ -40,6 +51,66 @@ class PluginLoadError(HostError):
     def __init__(self, message: str, traceback: str = "") -> None:
         super().__init__(message)
         self.traceback = traceback
+
+
+class StoreError(HostError):
+    """The store cannot do what it was asked for. Its message has no secret in it; over HTTP it is ``status``."""
+
+    status: ClassVar[int] = 503
+
+
+class StoreUnavailableError(StoreError):
+    """The database cannot be reached, read or written now."""
+
+
+class StoreVersionError(StoreError):
+    """The database is not one that this version can work with."""
+
+
+class SecretKeyError(StoreError):
+    """A secret key is malformed, missing, open to others, or not the one that something was encrypted with."""
+
+
+class NotAllowedError(StoreError):
+    """A value that the store does not take, such as a malformed org id."""
+
+    status = 422
+
+
+class NotFoundError(StoreError):
+    """There is no such org, installation or token."""
+
+    status = 404
+
+
+class ExistsError(StoreError):
+    """There is one of that id already."""
+
+    status = 409
+
+
+class ConflictError(StoreError):
+    """Somebody else changed it in between. ``current`` is the revision that it has now; 0: it is not there."""
+
+    status = 412
+
+    def __init__(self, message: str, current: int) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class InvalidError(HostError):
+    """What was given for an installation is wrong; ``fields`` says what, by field (``config.apiKey``).
+
+    Of very many wrong fields, only the first ``MOST`` are told.
+    """
+
+    MOST: ClassVar[int] = 100
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        fields = dict(islice(fields.items(), self.MOST))
+        super().__init__("\n".join(f"{field}: {problem}" for field, problem in fields.items()))
+        self.fields = fields
 
 
 class RequestError(Exception):

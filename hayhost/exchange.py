@@ -1,19 +1,30 @@
 """One HTTP request on its way: from Tornado's connection to a worker's stream, and back."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from string import printable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import quote
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, RequestStartLine, ResponseStartLine
+from tornado.iostream import StreamClosedError
 
 from sandbox import wire
 
-from .errors import RequestError, RequestTimeoutError, UnavailableError, WorkerLostError
-from .responses import BadRequestError, BadResponseError, body_length, plugin_headers, request_headers, start_line
+from .answers import Answer, NotYetError, Principal
+from .errors import RequestError, RequestTimeoutError, StoreError, UnavailableError, WorkerLostError
+from .logs import get_logger
+from .responses import (
+    BadRequestError,
+    BadResponseError,
+    RequestHead,
+    plugin_headers,
+    read_head,
+    start_line,
+    whole_head,
+)
 
 if TYPE_CHECKING:
     from .front import Front
@@ -21,30 +32,30 @@ if TYPE_CHECKING:
     from .version import Version
     from .worker import Worker
 
-__all__ = ["Answer", "Exchange", "StillLoadingError"]
+__all__ = ["Exchange", "Source"]
 
 # Bodies up to this size travel in one frame with their request; larger ones are streamed as they arrive.
 _INLINE: Final = wire.CHUNK
 # A refused upload is read and dropped up to this size, so that the client sees the answer; beyond it, it is cut off.
 _DISCARD: Final = 64 << 20
 
+# A request is routed this often while what it needs to know is fetched, and forgotten again.
+_ROUTINGS: Final = 5
+
 _BODILESS: Final = frozenset({204, 205, 304})
 
 
-class StillLoadingError(Exception):
-    """The request cannot be routed before ``settled`` is set."""
+class Source(Protocol):
+    """Where an answer comes from: a worker, or what stands in its place."""
 
-    def __init__(self, settled: asyncio.Event) -> None:
-        super().__init__()
-        self.settled = settled
+    def send(self, message: wire.Body | wire.Window) -> None:
+        """More of the request, or room for more of the answer."""
 
+    def cancel(self, id: int) -> None:
+        """Nobody waits for the answer any more."""
 
-class Answer(msgspec.Struct, frozen=True):
-    """An answer of the host's own, as JSON."""
-
-    status: int
-    body: object = None
-    headers: dict[str, str] = {}
+    def misbehaved(self, how: str) -> None:
+        """The answer is not as answers must be."""
 
 
 class Exchange(HTTPMessageDelegate):
@@ -54,7 +65,7 @@ class Exchange(HTTPMessageDelegate):
     for a route, ``refuse`` for an error. Body and answer then flow without the front.
     """
 
-    def __init__(self, front: "Front", connection: HTTP1Connection) -> None:
+    def __init__(self, front: "Front", connection: HTTP1Connection, server_conn: object) -> None:
         self.base = "/"
         self.id = ""
         self.method = ""
@@ -63,15 +74,19 @@ class Exchange(HTTPMessageDelegate):
         self.query = ""
         self.status = 0
         self.deadline = 0.0
-        self.started = front.loop.time()
+        self.started = 0.0
         self.slot: Slot | None = None
+        self.principal: Principal | None = None
+        """Whose request it is, once that was asked for."""
         self._front = front
         self._connection = connection
+        self._server_conn = server_conn
         self._headers = HTTPHeaders()
+        self._head: RequestHead
         self._handler: Callable[[Exchange, bytes], None] | None = None
         self._route: tuple[int, list[str]] = (0, [])
         self._version: Version | None = None
-        self._worker: Worker | None = None
+        self._worker: Source | None = None
         self._stream = 0
         self._closed = False
         # the request's body
@@ -88,6 +103,17 @@ class Exchange(HTTPMessageDelegate):
         self._pending: list[bytes] = []
         self._writing = 0
         self._outstanding = 0
+        self._streaming: asyncio.Task[None] | None = None
+
+    @property
+    def peer(self) -> str:
+        """The address of whoever is at the other end of the connection."""
+        return str(getattr(self._connection.context, "remote_ip", ""))
+
+    @property
+    def headers(self) -> HTTPHeaders:
+        """The request's headers."""
+        return self._headers
 
     # ---- the request, from Tornado
 
@@ -102,37 +128,49 @@ class Exchange(HTTPMessageDelegate):
             target = quote(target, safe=printable, encoding="latin-1")
         self.path, _, self.query = target.partition("?")
         self._connection.set_close_callback(self.on_connection_close)
-        self._front.wait_for(self)
+        self.started = self._front.loop.time()
+        self._front.begun(self, self._server_conn)
         try:
             self._route_it()
-        except StillLoadingError as error:
-            return self._route_after(error.settled)
+        except NotYetError as error:
+            return self._route_after(error)
         return None
 
-    async def _route_after(self, loading: "asyncio.Event") -> None:
-        waiting = asyncio.create_task(loading.wait())
-        await asyncio.wait({waiting}, timeout=self._front.settings.request_timeout)
-        waiting.cancel()
-        if self._closed:
-            return
-        try:
-            self._route_it()
-        except StillLoadingError:
-            self.refuse(UnavailableError("The plugin is still loading"))
+    async def _route_after(self, missing: NotYetError) -> None:
+        for _ in range(_ROUTINGS):
+            waiting = asyncio.ensure_future(missing.until())
+            await asyncio.wait({waiting}, timeout=self._front.settings.request_timeout)
+            if self._closed or not waiting.done():
+                waiting.cancel()
+                break
+            try:
+                waiting.result()
+                self._route_it()
+                return
+            except NotYetError as error:
+                missing = error
+            except RequestError as error:
+                self.refuse(error)
+                return
+            except StoreError as error:
+                self.refuse(UnavailableError(str(error)))
+                return
+        if not self._closed:
+            self.refuse(UnavailableError(missing.otherwise))
 
     def _route_it(self) -> None:
         try:
-            length = body_length(self._headers)
+            head = self._head = read_head(self._headers, forwarded=self._front.access.trusts(self.peer))
         except BadRequestError as error:
             self.refuse(RequestError(str(error), status=400), last=True)
             return
         try:
-            if length > self._front.settings.max_body:
+            if head.length > self._front.settings.max_body:
                 raise self._too_large()
-            self._front.route(self, self._headers)
+            self._front.route(self, head, self._headers)
         except RequestError as error:
             # A client that waits for leave to send its body gets the answer instead of it.
-            self.refuse(error, last="Expect" in self._headers)
+            self.refuse(error, last=head.expects)
 
     def _too_large(self) -> RequestError:
         return RequestError(f"The body is larger than {self._front.settings.max_body} bytes", status=413)
@@ -204,6 +242,10 @@ class Exchange(HTTPMessageDelegate):
         self._front.wait_for(self)
         self._submit()
 
+    def answered_by(self, source: Source) -> None:
+        """Have ``source`` answer it, from its host handler, with ``head``, ``body`` and ``failed``."""
+        self._worker = source
+
     def _submit(self) -> None:
         assert self.slot is not None
         self.slot = self.slot.current()
@@ -235,7 +277,7 @@ class Exchange(HTTPMessageDelegate):
                 self.path,
                 self.query,
                 self._route[1],
-                request_headers(self._headers),
+                self._head.for_plugin,
                 self.id,
                 body if whole else b"",
                 whole,
@@ -273,6 +315,8 @@ class Exchange(HTTPMessageDelegate):
             worker.cancel(self._stream)
         elif self.slot is not None:
             self.slot.forget(self)
+        if self._streaming is not None:
+            self._streaming.cancel()
 
     def timed_out(self) -> None:
         """Its deadline has passed: the client's, the queue's or the handler's, depending on who is waited for."""
@@ -298,7 +342,12 @@ class Exchange(HTTPMessageDelegate):
         if self._headed:
             self._misbehaved("an answer with two heads")
             return
+        bodiless = message.status in _BODILESS
         try:
+            if message.end and not bodiless and self._may_write_whole():
+                self._worker = None
+                self._write_whole(whole_head(message.status, message.headers, self.base), message)
+                return
             headers, length = plugin_headers(message.headers, self.base)
         except BadResponseError:
             if message.end:
@@ -309,7 +358,6 @@ class Exchange(HTTPMessageDelegate):
         if message.end:
             self._worker = None
             length = len(message.body)
-        bodiless = message.status in _BODILESS
         if length is not None and not bodiless:
             headers["Content-Length"] = str(length)
         if message.end or bodiless or self.method == "HEAD":
@@ -372,15 +420,43 @@ class Exchange(HTTPMessageDelegate):
         if self._headed or self._closed:
             return
         headers = HTTPHeaders(answer.headers)
+        content = answer.body
+        if isinstance(content, AsyncIterator):
+            self._streaming = self._front.loop.create_task(self._stream_answer(answer.status, headers, content))
+            return
         body = b""
         if answer.status not in _BODILESS:
-            body = msgspec.json.encode(answer.body)
-            headers["Content-Type"] = "application/json"
+            if isinstance(content, bytes):
+                body = content
+            else:
+                body = msgspec.json.encode(content)
+                headers["Content-Type"] = "application/json"
             headers["Content-Length"] = str(len(body))
             headers["X-Content-Type-Options"] = "nosniff"
-            headers["Cache-Control"] = "no-store"
+            headers.setdefault("Cache-Control", "no-store")
         self._write_head(answer.status, headers, b"" if self.method == "HEAD" else body)
         self._end_answer()
+
+    async def _stream_answer(self, status: int, headers: HTTPHeaders, chunks: AsyncIterator[bytes]) -> None:
+        """Send ``chunks`` as they come; each is asked for when the client has taken the one before."""
+        headers.setdefault("Cache-Control", "no-store")
+        headers["X-Content-Type-Options"] = "nosniff"
+        try:
+            self._write_head(status, headers, b"")
+            if self.method != "HEAD":
+                async for chunk in chunks:
+                    self._front.wait_for(self)  # the client has its time to take it
+                    await self._connection.write(chunk)
+                    self._front.answering(self)
+            self._end_answer()
+        except StreamClosedError:
+            pass
+        except Exception as error:
+            get_logger().error("an answer was broken off", path=self.path, reason=repr(error))
+            self._break_off()
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
 
     def _write_head(self, status: int, headers: HTTPHeaders, body: bytes) -> "asyncio.Future[None]":
         self._headed = True
@@ -394,6 +470,19 @@ class Exchange(HTTPMessageDelegate):
         future = self._connection.write_headers(start_line(status), headers, body)
         self._resume()  # an upload that nobody wants any more is read to its end and dropped
         return future
+
+    def _may_write_whole(self) -> bool:
+        """Whether nothing about this answer's end is for Tornado to decide: most requests are like that."""
+        return self._request_ended and self._head.plain and self.version == "HTTP/1.1" and self.method != "HEAD"
+
+    def _write_whole(self, head: bytes, message: wire.ResponseHead) -> None:
+        self._headed = True
+        self.status = message.status
+        self._front.answering(self)
+        self._connection.write(
+            b"%sContent-Length: %d\r\n%s%s" % (head, len(message.body), self._front.end_of_head(), message.body)
+        )
+        self._end_answer()
 
     def _write_pending(self) -> None:
         if not self._writing and self._pending and not self._closed:

@@ -1,8 +1,8 @@
 """The way from a URL to a worker, and the one place where errors become HTTP."""
 
 import asyncio
+import itertools
 import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -16,13 +16,20 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerConnect
 
 from sandbox import wire
 
-from . import lifecycle
-from .errors import RequestError, UnavailableError
-from .exchange import Answer, Exchange, StillLoadingError
-from .installs import Auth
-from .layout import Layout, Place
+from .access import Access
+from .answers import Answer, Call, NotYetError, Principal
+from .api.decoding import read_json
+from .catalog import Plugin
+from .errors import InvalidError, NotFoundError, RequestError, StoreError, UnavailableError
+from .exchange import Exchange
+from .installs import Auth, Change, NotLoadedError
+from .layout import Layout, Own, Place
 from .logs import get_logger
+from .management import Management
+from .mcp import METADATA_PATH, METHODS, Gateway
 from .pool import Pool
+from .rates import Rates
+from .responses import RequestHead
 from .routes import HOST_ROUTES, Match
 from .settings import Settings
 from .states import WorkerState
@@ -30,28 +37,48 @@ from .version import Version
 
 __all__ = ["Front"]
 
-_OWN_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
-_TICK: Final = 0.25
+NOBODY: Final = Principal("nobody", "")
+"""Who asks for what is open to all."""
 
-Host = Callable[[Place, bytes], Awaitable[Answer]]
+_TICK: Final = 0.25
+# An idle keep-alive connection, or one that takes its time over the headers, is closed after this long.
+_IDLE_CONNECTION: Final = 75.0
+
+Host = Callable[[Place, bytes, str], Awaitable[Answer]]
 
 
 class Front(HTTPServerConnectionDelegate):
     """Takes each request to where it belongs."""
 
-    def __init__(self, settings: Settings, pool: Pool, layout: Layout, *, access_log: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        management: Management,
+        layout: Layout,
+        access: Access,
+        mcp: Gateway,
+        *,
+        access_log: bool = False,
+    ) -> None:
         self.settings = settings
+        self.access = access
         self.loop = asyncio.get_running_loop()
         self.open: set[Exchange] = set()
         self.stopping = False
-        self._pool = pool
+        self._management = management
+        self._pool: Pool = management.pool
+        self._rates = Rates(settings)
         self._layout = layout
+        self._mcp = mcp
         self._access_log = access_log
         self._due: OrderedDict[Exchange, None] = OrderedDict()  # all have the same limit, so the first is due first
+        self._idle: dict[object, tuple[float, HTTP1Connection]] = {}
+        """Connections that wait for a request's head, and until when they may: the first is due first."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = f"{os.urandom(4).hex()}-{{}}".format
         self._count = 0
         self._date = (0, "")
+        self._end_of_head = ("", b"")
         self._ticker = self.loop.create_task(self._tick())
         self._hosts: dict[str, Host] = {
             "/metadata": self._metadata,
@@ -65,17 +92,26 @@ class Front(HTTPServerConnectionDelegate):
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
         assert isinstance(request_conn, HTTP1Connection)
-        return Exchange(self, request_conn)
+        self._idle[server_conn] = (self.loop.time() + _IDLE_CONNECTION, request_conn)
+        return Exchange(self, request_conn, server_conn)
+
+    def on_close(self, server_conn: object) -> None:
+        self._idle.pop(server_conn, None)
 
     # ---- what exchanges tell
 
+    def begun(self, exchange: Exchange, server_conn: object) -> None:
+        """The head of a request is there."""
+        del self._idle[server_conn]
+        self.open.add(exchange)
+        self.nothing_open.clear()
+        self.wait_for(exchange)
+
     def wait_for(self, exchange: Exchange) -> None:
         """The request's limit runs from now: the client, a worker or a queue is waited for."""
-        self.open.add(exchange)
         exchange.deadline = self.loop.time() + self.settings.request_timeout
         self._due[exchange] = None
         self._due.move_to_end(exchange)
-        self.nothing_open.clear()
 
     def answering(self, exchange: Exchange) -> None:
         """Nobody is waited for just now."""
@@ -106,6 +142,13 @@ class Front(HTTPServerConnectionDelegate):
             self._date = (now, formatdate(now, usegmt=True))
         return self._date[1]
 
+    def end_of_head(self) -> bytes:
+        """The last headers of an answer, and the empty line."""
+        date = self.date()
+        if self._end_of_head[0] != date:
+            self._end_of_head = (date, f"Date: {date}\r\nServer: hayhost\r\n\r\n".encode())
+        return self._end_of_head[1]
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK)
@@ -116,6 +159,11 @@ class Front(HTTPServerConnectionDelegate):
                     break
                 del self._due[exchange]
                 exchange.timed_out()
+            self._close_idle(now)
+
+    def _close_idle(self, now: float) -> None:
+        for _, connection in list(itertools.takewhile(lambda idle: idle[0] < now, self._idle.values())):
+            connection.close()
 
     def close(self) -> None:
         """Stop the clock."""
@@ -125,35 +173,45 @@ class Front(HTTPServerConnectionDelegate):
 
     # ---- routing
 
-    def route(self, exchange: Exchange, headers: HTTPHeaders) -> None:
+    def route(self, exchange: Exchange, head: RequestHead, headers: HTTPHeaders) -> None:
         """Decide where a request goes.
 
-        Raises ``RequestError`` if it goes nowhere, ``StillLoadingError`` if it can not be known yet.
+        Raises ``RequestError`` if it goes nowhere, ``NotYetError`` if it can not be known yet.
         """
         if not exchange.path.startswith("/"):
             raise RequestError("The request's target must be a path", status=400)
-        if (hosts := len(headers.get_list("Host"))) > 1 or (not hosts and exchange.version == "HTTP/1.1"):
+        if head.hosts > 1 or (not head.hosts and exchange.version == "HTTP/1.1"):
             raise RequestError("A request needs exactly one Host header", status=400)
         own = self._layout.own(exchange.path)
         if own is not None:
-            if own.managing:
-                self._need_own_origin(headers)
-            if self._is_method(exchange, frozenset(own.methods)):
-                handler = own.methods["GET" if exchange.method == "HEAD" else exchange.method]
-                exchange.to_host(lambda exchange, body: self._spawn(exchange, handler(body)))
+            self._route_own(exchange, head, headers, own)
             return
         if self.stopping:
             raise UnavailableError("The host is stopping")
-        place = self._layout.find(exchange.path)
+        if exchange.path.startswith(f"{METADATA_PATH}/"):
+            self._mcp_metadata(exchange, headers, exchange.path.removeprefix(METADATA_PATH))
+            return
+        if (org_id := self._layout.org(exchange.path)) is not None:
+            self._to_mcp(exchange, headers, org_id, None)
+            return
+        place = self._find(exchange.path)
         if not place.plugin.settled.is_set():
-            raise StillLoadingError(place.plugin.settled)
+            raise NotYetError(place.plugin.settled.wait, "The plugin is still loading")
+        if place.path == "/mcp":
+            self._to_mcp(exchange, headers, place.org_id, place.plugin)
+            return
+        method = HOST_ROUTES.get(place.path)
+        if method is not None and place.path not in ("/metadata", "/health"):
+            self.access.check_origin(headers, exchange.peer)
+            self._need_principal(exchange, headers, place.org_id)
+        elif (method is None and self.settings.route_tokens) or (head.has_token and self.access.has_tokens):
+            # What is open to all is not open to those who show that they are of another org.
+            self._need_principal(exchange, headers, place.org_id)
+        self._rates.check(place.plugin.name, place.org_id)
         self._count += 1
         exchange.id = self._ids(self._count)
         exchange.base, exchange.path = place.base, place.path
-        method = HOST_ROUTES.get(place.path)
         if method is not None:
-            if place.path not in ("/metadata", "/health"):
-                self._need_own_origin(headers)
             if self._is_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method})):
                 exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
             return
@@ -174,17 +232,83 @@ class Front(HTTPServerConnectionDelegate):
         self._is_method(exchange, found)
         return None
 
-    def _need_own_origin(self, headers: HTTPHeaders) -> None:
-        """Refuse what a web page, or a name that was rebound to this machine, makes a browser send."""
-        host = headers.get("Host", "")
-        origin = headers.get("Origin")
-        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-        if name.lower() not in {*_OWN_NAMES, self.settings.host.lower()}:
-            raise RequestError("This host is managed at its own address only", status=403)
-        if (origin is not None and origin.lower() != f"http://{host}".lower()) or (
-            headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-        ):
-            raise RequestError("Requests from other origins are refused", status=403)
+    def _find(self, path: str) -> Place:
+        try:
+            return self._layout.find(path)
+        except NotLoadedError as error:
+            plugin, org = error.plugin, error.org
+            raise NotYetError(lambda: self._pool.installs.load(plugin, org), "The store is too busy") from None
+
+    def _to_mcp(self, exchange: Exchange, headers: HTTPHeaders, org_id: str, plugin: Plugin | None) -> None:
+        """To the endpoint of an org's MCP servers, those of ``plugin`` or all."""
+        self.access.check_origin(headers, exchange.peer)
+        if not self._is_method(exchange, METHODS):
+            return
+        self._need_principal(
+            exchange, headers, org_id, f"{self._origin(exchange, headers)}{METADATA_PATH}{exchange.path}"
+        )
+        try:
+            self._mcp.check(org_id, plugin)
+        except NotLoadedError:
+            raise NotYetError(lambda: self._mcp.plugins_of(org_id), "The store is too busy") from None
+        if plugin is not None:
+            self._rates.check(plugin.name, org_id)
+        self._count += 1
+        exchange.id = self._ids(self._count)
+        exchange.to_host(lambda exchange, body: self._mcp.answer(exchange, body, org_id, plugin))
+
+    def _mcp_metadata(self, exchange: Exchange, headers: HTTPHeaders, path: str) -> None:
+        """How the endpoint at ``path`` is protected (RFC 9728): by tokens that the host's operator hands out."""
+        if self._layout.org(path) is None and self._find(path).path != "/mcp":
+            raise RequestError("There is nothing at this address", status=404)
+        resource = f"{self._origin(exchange, headers)}{path}"
+        answer = Answer(200, {"resource": resource, "bearer_methods_supported": ["header"]})
+        if self._is_method(exchange, frozenset({"GET", "HEAD"})):
+            exchange.to_host(lambda exchange, _body: exchange.answer(answer))
+
+    def _need_principal(
+        self, exchange: Exchange, headers: HTTPHeaders, org_id: str | None = None, metadata: str = ""
+    ) -> None:
+        """Raises ``RequestError`` if a token is needed, or is one of another org's.
+
+        ``metadata`` is the URL that tells a client without a good one how the resource is protected.
+        """
+        if exchange.principal is None:
+
+            async def identify() -> None:
+                try:
+                    exchange.principal = await self.access.principal(headers)
+                except RequestError as error:
+                    challenge = error.headers.get("WWW-Authenticate", "")
+                    if metadata and challenge:
+                        separator = ", " if "=" in challenge else " "
+                        error.headers["WWW-Authenticate"] = f'{challenge}{separator}resource_metadata="{metadata}"'
+                    raise
+
+            raise NotYetError(identify, "The store is too busy")
+        if org_id is not None and not exchange.principal.may(org_id):
+            raise RequestError("The token is good for another organisation only", status=403)
+
+    def _route_own(self, exchange: Exchange, head: RequestHead, headers: HTTPHeaders, own: Own) -> None:
+        if own.managing:
+            self.access.check_origin(headers, exchange.peer, navigation=own.navigation)
+        if not self._is_method(exchange, frozenset(own.methods)):
+            return
+        if own.managing and (not own.open or (head.has_token and self.access.has_tokens)):
+            self._need_principal(exchange, headers)
+        handler = own.methods["GET" if exchange.method == "HEAD" else exchange.method]
+        exchange.to_host(lambda exchange, body: self._spawn(exchange, handler(self._call(exchange, headers, body))))
+
+    def _call(self, exchange: Exchange, headers: HTTPHeaders, body: bytes) -> Call:
+        _, secure = self.access.reached(headers, exchange.peer)
+        principal = exchange.principal or NOBODY
+        origin = self._origin(exchange, headers)
+        return Call(exchange.method, exchange.path, exchange.query, headers, body, principal, origin, secure)
+
+    def _origin(self, exchange: Exchange, headers: HTTPHeaders) -> str:
+        """The scheme and authority by which the client reached the host."""
+        host, secure = self.access.reached(headers, exchange.peer)
+        return f"{'https' if secure else 'http'}://{host}"
 
     def _is_method(self, exchange: Exchange, allowed: frozenset[str]) -> bool:
         """Whether the request has an ``allowed`` method. If not, OPTIONS is answered here and any other is a 405."""
@@ -204,7 +328,8 @@ class Front(HTTPServerConnectionDelegate):
         elif place.path == "/mcp/call-tool":
             self._call_tool(exchange, place, body)
         else:
-            self._spawn(exchange, self._hosts[place.path](place, body))
+            actor = exchange.principal.actor if exchange.principal else ""
+            self._spawn(exchange, self._hosts[place.path](place, body, actor))
 
     def _spawn(self, exchange: Exchange, answer: Awaitable[Answer]) -> None:
         task = self.loop.create_task(self._run(exchange, answer))
@@ -216,6 +341,12 @@ class Front(HTTPServerConnectionDelegate):
             exchange.answer(await answer)
         except RequestError as error:
             exchange.refuse(error)
+        except InvalidError as error:
+            problems = [{"field": field, "message": message} for field, message in error.fields.items()]
+            exchange.answer(Answer(422, {"error": str(error), "errors": problems}))
+        except StoreError as error:
+            retry = {"Retry-After": "1"} if error.status == 503 else {}
+            exchange.refuse(RequestError(str(error), status=error.status, headers=retry))
         except asyncio.CancelledError:
             exchange.refuse(UnavailableError("The host is stopping"))
             raise
@@ -228,13 +359,16 @@ class Front(HTTPServerConnectionDelegate):
             raise UnavailableError(f"The plugin {place.plugin.name} is not loaded: {place.plugin.reason}", 5)
         return version
 
-    async def _metadata(self, place: Place, _body: bytes) -> Answer:
+    async def _metadata(self, place: Place, _body: bytes, _actor: str) -> Answer:
         metadata = msgspec.to_builtins(self._loaded(place).metadata)
         slot = self._pool.find(place.plugin, place.org_id)
-        running = slot.worker.mcp_servers if slot and slot.worker else []
-        return Answer(200, {**metadata, "mcp": {"local": [{"id": id} for id in running], "external": []}})
+        servers = slot.worker.mcp_servers if slot and slot.worker else []
+        running = [server for server in servers if server.state == "running"]
+        local = [{"id": server.id} for server in running if server.kind != "external"]
+        external = [{"id": server.id, "url": server.url} for server in running if server.kind == "external"]
+        return Answer(200, {**metadata, "mcp": {"local": local, "external": external}})
 
-    async def _health(self, place: Place, _body: bytes) -> Answer:
+    async def _health(self, place: Place, _body: bytes, _actor: str) -> Answer:
         plugin = place.plugin
         slot = self._pool.find(plugin, place.org_id)
         worker = slot.worker if slot else None
@@ -244,7 +378,6 @@ class Front(HTTPServerConnectionDelegate):
         error = degraded or (slot.last_error if slot else "") or plugin.error or place.installation.problem
         if version is None:
             state, error = WorkerState.ERROR, plugin.error
-        servers = worker.mcp_servers if worker else []
         body = {
             "status": state.health,
             "state": state.label,
@@ -254,8 +387,8 @@ class Front(HTTPServerConnectionDelegate):
             "orgId": place.org_id,
             "plugin": plugin.name,
             "version": (version.manifest if version else plugin.manifest).version,
-            "mcpServers": {"count": len(servers), "servers": servers},
-            "memory": _memory(worker.pid if worker else 0),
+            "mcpServers": _mcp_servers(worker.mcp_servers if worker else []),
+            "memory": worker.memory() if worker else {"rss": None, "pss": None},
             "isolation": version.level.label if version else self._pool.isolation.level.label,
             "sharing": "strict" if version and version.strict else "fork",
             "lastError": error or None,
@@ -264,33 +397,34 @@ class Front(HTTPServerConnectionDelegate):
             body["sharingReason"] = version.strict_reason
         return Answer(503 if state.health == "unhealthy" else 200, body)
 
-    async def _validate_auth(self, place: Place, body: bytes) -> Answer:
+    async def _validate_auth(self, place: Place, body: bytes, _actor: str) -> Answer:
         refused = Answer(400, {"valid": False, "error": "Invalid auth state format"})
         try:
-            request = _json_object(body)
+            request = _settings_object(body)
             auth = msgspec.convert(request.get("authState"), Auth)
             config = msgspec.convert(request.get("config"), dict[str, Any] | None)
-        except (RequestError, msgspec.ValidationError):
+        except msgspec.ValidationError:
             return refused
         self._loaded(place)  # or nobody could say what its hook does
-        slot = self._pool.slot(place.plugin, place.org_id)
-        valid = await lifecycle.validate_auth(self._pool, slot, place.installation, auth, config)
-        return Answer(200, {"valid": valid})
+        return Answer(200, {"valid": await self._management.validate_auth(place.plugin, place.org_id, auth, config)})
 
-    async def _config_update(self, place: Place, body: bytes) -> Answer:
-        try:
-            config = _json_object(body).get("config")
-        except RequestError:
-            config = None
+    async def _config_update(self, place: Place, body: bytes, actor: str) -> Answer:
+        config = _settings_object(body).get("config")
         if not isinstance(config, dict):
             return Answer(400, {"success": False, "error": "Config object required"})
-        slot = self._pool.slot(place.plugin, place.org_id)
-        await lifecycle.update_config(self._pool, slot, place.installation, config)
+        try:
+            change = Change(config, new_org=True)  # in test mode, there may be orgs that the store does not have
+            await self._management.put(place.plugin, place.org_id, change, actor=actor, installed=True)
+        except InvalidError as error:
+            return Answer(400, {"success": False, "error": str(error)})
         return Answer(200, {"success": True})
 
-    async def _disable(self, place: Place, _body: bytes) -> Answer:
-        slot = self._pool.slot(place.plugin, place.org_id)
-        await lifecycle.disable(self._pool, slot, place.installation)
+    async def _disable(self, place: Place, _body: bytes, actor: str) -> Answer:
+        try:
+            change = Change(enabled=False, new_org=True)
+            await self._management.put(place.plugin, place.org_id, change, actor=actor, installed=True)
+        except NotFoundError:
+            pass
         return Answer(200, {"success": True})
 
     def _list_tools(self, exchange: Exchange, place: Place) -> None:
@@ -325,15 +459,21 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _memory(pid: int) -> dict[str, int | None]:
-    """Resident and proportional set size in bytes, ``None`` where the kernel does not say."""
-    sizes: dict[str, int | None] = {"rss": None, "pss": None}
+def _settings_object(body: bytes) -> dict[str, Any]:
+    """As ``_json_object``, of what is kept or shown to hooks: as strictly as in the management API."""
     try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-            for line in file:
-                key = line.partition(b":")[0].decode().lower()
-                if key in sizes:
-                    sizes[key] = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return sizes
+        value = read_json(body)
+    except RequestError as error:
+        if error.status != 400:
+            raise
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _mcp_servers(servers: list[wire.McpServer]) -> dict[str, Any]:
+    """Those that run by id, and of those that do not, why."""
+    running = [server.id for server in servers if server.state == "running"]
+    others = {
+        server.id: {"state": server.state, "error": server.error} for server in servers if server.id not in running
+    }
+    return {"count": len(running), "servers": running, **({"notRunning": others} if others else {})}

@@ -1,36 +1,49 @@
 """Puts a host together: what is started in which order, and stopped in the reverse one."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
-from ipaddress import ip_address
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 
+from sandbox.confinement import kernel
+
+from .access import Access
+from .api import Api
 from .catalog import Plugin, load_all
 from .errors import HostError
+from .events import Events
 from .front import Front
 from .installs import Installs
 from .isolation import Isolation
-from .layout import Layout
+from .layout import Layout, Site
 from .logs import get_logger
+from .management import Management
 from .manifest import Manifest
+from .mcp import Gateway, LogAudit, NoLists, ToolPolicy
 from .pool import Pool
 from .processes import Nursery
 from .settings import Settings
+from .slot import Slot
+from .version import Version
 
-__all__ = ["Host", "PortTakenError", "check_address", "url_of"]
+if TYPE_CHECKING:
+    from .oauth import Authorizations, Refresher
+    from .store import Store
+
+__all__ = ["Host", "PortTakenError", "url_of"]
 
 # Zygotes import in parallel, but no more at once than there are processors to import on.
 _LOAD_AT_ONCE: Final = max(2, os.cpu_count() or 1)
-# An idle keep-alive connection, or one that takes its time over the headers, is closed after this long.
-_IDLE_CONNECTION: Final = 75.0
 _MAX_HEADER: Final = 64 << 10
+_PR_SET_DUMPABLE: Final = 4
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -45,30 +58,56 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def check_address(host: str) -> None:
-    """Raises ``HostError`` unless ``host`` is a loopback address: anyone who reaches the host can manage it."""
-    try:
-        loopback = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise HostError(
-            f"{host} is not a loopback address, and anyone who reaches the host could manage its plugins. "
-            "Listen on 127.0.0.1 and put a reverse proxy with access control in front"
-        )
+class _Server(HTTPServer):
+    """Tornado's, with connections that send at once: an answer that is complete leaves in one write."""
+
+    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
+        stream.set_nodelay(True)
+        stream.set_nodelay = _always  # type: ignore  # or it is switched twice for each answer
+        super().handle_stream(stream, address)
+
+    def on_close(self, server_conn: object) -> None:
+        super().on_close(server_conn)
+        assert isinstance(self.request_callback, Front)
+        self.request_callback.on_close(server_conn)
+
+
+def _always(_value: bool) -> None:
+    pass
 
 
 class Host:
     """The running parts of ``serve``, ``dev`` and ``run``; an async context manager."""
 
-    def __init__(self, settings: Settings, installs: Installs) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        installs: Installs,
+        store: "Store | None" = None,
+        policy: ToolPolicy | None = None,
+    ) -> None:
+        """Without a ``store`` what is changed is kept for as long as the host runs, and nobody needs a token."""
         self.settings = settings
+        self.store = store
         self.installs = installs
+        self._closing = contextlib.AsyncExitStack()
         self.nursery = Nursery(self._nursery_lost)
         self.plugins: dict[str, Plugin] = {}
         self.isolation = Isolation(settings)
-        self.isolation.cut_off = self._cut_off
+        self.isolation.egress.lost = self._cut_off
         self.pool = Pool(settings, installs, self.isolation)
+        self.pool.told = self._told
+        self.management = Management(self.pool, trusting=store is None)
+        self.management.changed = self._changed
+        self.events = Events()
+        self.access = Access(settings, store.tokens if store is not None else None)
+        if store is not None:
+            store.installs.changed_elsewhere = self.management.changed_elsewhere
+        self._authorizations: Authorizations | None = None
+        self._refresher: Refresher | None = None
+        if store is not None:
+            self._authorizations, self._refresher = self._oauth(store)
+        self.mcp = Gateway(self.pool, self.plugins, policy or NoLists(), LogAudit())
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
         self.front: Front | None = None
@@ -81,6 +120,7 @@ class Host:
 
     async def __aenter__(self) -> "Host":
         _raise_descriptor_limit()
+        _leave_no_core()
         await self.nursery.start()
         try:
             await self.isolation.start(self.nursery)
@@ -95,6 +135,7 @@ class Host:
         timeout = self.settings.hook_timeout
         plugin = Plugin(manifest, self.nursery, self.isolation, hook_timeout=timeout, instrument=instrument)
         plugin.changed = lambda: self.pool.version_changed(plugin)
+        plugin.reported = lambda: self._reported(plugin)
         plugin.outdated = lambda: self._update(plugin)
         self.plugins[plugin.name] = plugin
         return plugin
@@ -105,24 +146,81 @@ class Host:
 
     def listen(self, layout: Layout, *, access_log: bool = False) -> int:
         """Serve HTTP from now on; the port. Raises ``PortTakenError``."""
-        check_address(self.settings.host)
         try:
             sockets = bind_sockets(self.settings.port, self.settings.host, family=socket.AF_UNSPEC, backlog=1024)
         except OSError as error:
             raise PortTakenError(
                 f"cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror or error}"
             ) from None
-        self.front = Front(self.settings, self.pool, layout, access_log=access_log)
-        self._server = HTTPServer(
+        self.front = Front(self.settings, self.management, layout, self.access, self.mcp, access_log=access_log)
+        self._server = _Server(
             self.front,
             no_keep_alive=False,
             max_header_size=_MAX_HEADER,
-            idle_connection_timeout=_IDLE_CONNECTION,
             max_body_size=1 << 62,  # the front has its own limit, and answers 413 where this one would hang up
         )
+        self._server.conn_params.header_timeout = None  # the front closes idle connections, without a timer for each
         self._server.add_sockets(sockets)
         port: int = sockets[0].getsockname()[1]
         return port
+
+    def _oauth(self, store: "Store") -> "tuple[Authorizations, Refresher]":
+        from .oauth import Authorizations, Outbound, Provider, Refresher
+
+        nameserver = self.settings.egress_nameserver
+        outbound = Outbound(allow=self.settings.egress_allow, nameserver="" if nameserver == "system" else nameserver)
+        self._closing.callback(outbound.close)
+        provider = Provider(outbound)
+
+        def loaded() -> dict[str, Version]:
+            return {name: plugin.current for name, plugin in self.plugins.items() if plugin.current is not None}
+
+        def refreshed(name: str, org: str, reason: str) -> None:
+            if (plugin := self.plugins.get(name)) and (slot := self.pool.find(plugin, org)):
+                self.pool.spawn(slot.replace(reason))
+            self._changed(name, org)
+
+        return Authorizations(store, provider, loaded), Refresher(store, provider, loaded, refreshed)
+
+    async def refresh_tokens(self) -> None:
+        """Keep the OAuth2 tokens of all orgs fresh from now on, until the host stops."""
+        if self._refresher is not None:
+            await self._closing.enter_async_context(self._refresher)
+
+    def site(self) -> Site:
+        """The layout of a host that serves many plugins for many orgs."""
+        api = Api(self.management, self.plugins, self.events, self.access, self.store, self._authorizations)
+        return Site(self.plugins, self.installs, api, self.store.ping if self.store is not None else None)
+
+    def _told(self, slot: Slot) -> None:
+        state = slot.state.label
+        self.installs.note(slot.plugin.name, slot.org_id, state, slot.last_error)
+        self.events.publish(
+            "worker",
+            slot.org_id,
+            lambda: {
+                "plugin": slot.plugin.name,
+                "org": slot.org_id,
+                "state": state,
+                "pid": slot.worker.pid if slot.worker is not None else None,
+                "error": slot.last_error or None,
+            },
+        )
+
+    def _changed(self, plugin: str, org: str) -> None:
+        self.events.publish("installation", org, lambda: {"plugin": plugin, "org": org})
+
+    def _reported(self, plugin: Plugin) -> None:
+        self.events.publish(
+            "plugin",
+            None,
+            lambda: {
+                "plugin": plugin.name,
+                "state": plugin.state.value,
+                "version": plugin.current.manifest.version if plugin.current is not None else None,
+                "error": plugin.error or None,
+            },
+        )
 
     def _update(self, plugin: Plugin) -> None:
         self.pool.spawn(self.pool.update(plugin))
@@ -186,16 +284,20 @@ class Host:
             await self.before_stop()
         if self._server is not None:
             self._server.stop()
+        self.events.close()
         if self.front is not None:
             self.front.stopping = True
+            self.mcp.end_streams()
             try:
                 async with asyncio.timeout(self.settings.drain_timeout):
                     await self.front.nothing_open.wait()
             except TimeoutError:
                 get_logger().warning("requests are broken off", requests=len(self.front.open))
+        await self._closing.aclose()
         for renewal in self._renewals:
             renewal.cancel()
         await self.pool.close(self.stop_hook)
+        await self.mcp.close()
         if self.front is not None:
             self.front.close()
         if self._server is not None:
@@ -213,3 +315,9 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _leave_no_core() -> None:
+    """Orgs' secrets are in this process: none of its memory gets to the disk, nor to others of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kernel.prctl(_PR_SET_DUMPABLE, 0)  # the kernel takes no account of that limit if it pipes cores to a program

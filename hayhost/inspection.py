@@ -33,15 +33,27 @@ _NAME: Final = 4096
 _FILTERS: Final = 2  # the zygote's and the worker's own
 
 
-def _status(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-        return dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+class _Status:
+    """What the kernel says of a process, read at once (proc_pid_status(5))."""
+
+    def __init__(self, pid: int) -> None:
+        descriptor = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._text = os.read(descriptor, 1 << 16)
+        finally:
+            os.close(descriptor)
+
+    def __getitem__(self, name: bytes) -> bytes:
+        _, found, rest = self._text.partition(b"\n%s:\t" % name)
+        if not found:
+            raise KeyError(name.decode())
+        return rest.partition(b"\n")[0]
 
 
 def threads_of(pid: int) -> int:
     """How many threads a process has; 1 where the kernel does not say."""
     try:
-        return int(_status(pid)["Threads"])
+        return int(_Status(pid)[b"Threads"])
     except (OSError, KeyError, ValueError):
         return 1
 
@@ -49,7 +61,7 @@ def threads_of(pid: int) -> int:
 def pid_inside(pid: int) -> int:
     """The id of process ``pid`` in its own pid namespace; ``pid`` itself where the kernel does not say."""
     try:
-        return int(_status(pid)["NSpid"].split()[-1])
+        return int(_Status(pid)[b"NSpid"].split()[-1])
     except (OSError, KeyError, ValueError, IndexError):
         return pid
 
@@ -66,20 +78,25 @@ def inspect(pid: int, plan: Plan, expected: Descriptors, threads: int) -> str:
 
 
 def _state(pid: int, plan: Plan, threads: int) -> str:
-    status = _status(pid)
-    if int(status["Threads"]) > threads:
-        return f"it has {status['Threads']} threads before it was told to start any"
-    if int(status["CapPrm"], 16) or int(status["CapEff"], 16):
+    status = _Status(pid)
+    if (count := int(status[b"Threads"])) > threads:
+        return f"it has {count} threads before it was told to start any"
+    if int(status[b"CapPrm"], 16) or int(status[b"CapEff"], 16):
         return "it has privileges that it was to give up"
-    if status["NoNewPrivs"] != "1":
+    if status[b"NoNewPrivs"] != b"1":
         return "it may gain privileges"
-    if plan.uid is not None and set(map(int, status["Uid"].split() + status["Gid"].split())) != {plan.uid}:
+    if plan.uid is not None and set(map(int, status[b"Uid"].split() + status[b"Gid"].split())) != {plan.uid}:
         return "it does not run as its own user"
-    if "seccomp" in plan.layers and (
-        status["Seccomp"] != "2" or int(status.get("Seccomp_filters", _FILTERS)) < _FILTERS
-    ):
+    if "seccomp" in plan.layers and (status[b"Seccomp"] != b"2" or _filters(status) < _FILTERS):
         return "its system calls are not filtered as they should be"
     return ""
+
+
+def _filters(status: _Status) -> int:
+    try:
+        return int(status[b"Seccomp_filters"])
+    except KeyError:
+        return _FILTERS  # before Linux 5.9 it is not said
 
 
 def _descriptors(pid: int, expected: Descriptors) -> str:

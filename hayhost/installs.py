@@ -1,22 +1,36 @@
 """Which org has which plugin, with which config and credentials."""
 
-import stat
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from .errors import SettingsError
+from .errors import ConflictError, NotFoundError
 
-__all__ = ["Auth", "FileInstalls", "Installation", "Installs", "SingleInstall", "TestInstalls"]
+__all__ = [
+    "Auth",
+    "AuthValidity",
+    "Change",
+    "EveryOrg",
+    "Installation",
+    "Installs",
+    "NotLoadedError",
+    "SingleInstall",
+    "TestInstalls",
+    "ToolLists",
+    "conflict",
+    "not_installed",
+]
+
+AuthValidity = Literal["unknown", "valid", "invalid"]
 
 
 class Auth(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """An org's credentials for one auth method; never shown in a ``repr``."""
 
-    method_id: Annotated[str, msgspec.Meta(min_length=1)]
+    method_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     credentials: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -24,7 +38,10 @@ class Auth(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=Tr
 
 
 class Installation(msgspec.Struct, frozen=True):
-    """One plugin of one org. ``problem`` says what is wrong with it, for workers to be degraded by."""
+    """One plugin of one org. ``problem`` says what is wrong with it, for workers to be degraded by.
+
+    ``revision`` grows with every change; 0: nobody has kept it yet.
+    """
 
     org_id: str
     org_name: str
@@ -32,115 +49,182 @@ class Installation(msgspec.Struct, frozen=True):
     auth: Auth | None = None
     enabled: bool = True
     problem: str = ""
+    auth_validity: AuthValidity = "unknown"
+    revision: int = 0
 
     def __repr__(self) -> str:
         return f"Installation(org_id={self.org_id!r}, enabled={self.enabled})"
 
 
+class Change(msgspec.Struct, frozen=True):
+    """What is to be different about an installation; what is unset stays.
+
+    ``sensitive`` names fields of ``config``. With ``new_org`` the org is made if there is none.
+    """
+
+    config: Mapping[str, Any] | UnsetType = UNSET
+    sensitive: frozenset[str] = frozenset()
+    auth: Auth | UnsetType | None = UNSET
+    auth_validity: AuthValidity | UnsetType = UNSET
+    enabled: bool | UnsetType = UNSET
+    new_org: bool = False
+
+    def __repr__(self) -> str:
+        return f"Change(enabled={self.enabled!r})"
+
+    def apply(self, before: Installation) -> Installation:
+        """``before`` with the change made to it."""
+        auth = before.auth if self.auth is UNSET else self.auth
+        validity = self.auth_validity
+        if validity is UNSET:
+            validity = before.auth_validity if auth == before.auth else "unknown"
+        return Installation(
+            before.org_id,
+            before.org_name,
+            before.config if self.config is UNSET else dict(self.config),
+            auth,
+            before.enabled if self.enabled is UNSET else self.enabled,
+            before.problem if self.config is UNSET else "",
+            validity,
+            before.revision + 1,
+        )
+
+
+class ToolLists(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which tools an org's MCP clients may use: those that ``allow`` names (all, if it names none), without those that
+    ``deny`` names.
+
+    Entries are ``plugin__tool`` in full, with ``*`` and ``?`` for what may be anything.
+    """
+
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+    def allows(self, plugin: str, tool: str) -> bool:
+        """Whether ``tool``, by its server's name for it, may be used."""
+        name = f"{plugin}__{tool}"
+        if any(fnmatchcase(name, pattern) for pattern in self.deny):
+            return False
+        return not self.allow or any(fnmatchcase(name, pattern) for pattern in self.allow)
+
+
+class NotLoadedError(Exception):
+    """It is not known yet whether the installation exists: ``await load(plugin, org)`` and look again."""
+
+    def __init__(self, plugin: str, org: str) -> None:
+        super().__init__(f"{plugin} of {org} is not loaded yet")
+        self.plugin = plugin
+        self.org = org
+
+
+def not_installed(plugin: str, org: str) -> NotFoundError:
+    """What is raised where there is no such installation."""
+    return NotFoundError(f"{plugin} is not installed for {org}")
+
+
+def conflict(plugin: str, org: str, current: int) -> ConflictError:
+    """What is raised where an installation is not of the revision that a change was made from."""
+    return ConflictError(f"{plugin} of {org} was changed by somebody else meanwhile", current)
+
+
 class Installs(Protocol):
-    """Where installations are looked up, and changed settings kept."""
+    """Where installations are looked up, and changes to them kept."""
 
     def find(self, plugin: str, org: str) -> Installation | None:
-        """The installation of ``plugin`` for ``org``; ``None`` if there is none."""
+        """The installation of ``plugin`` for ``org``; ``None`` if there is none. Raises ``NotLoadedError``."""
         ...
 
-    def save(self, plugin: str, installation: Installation) -> None:
-        """Keep a changed installation."""
+    async def load(self, plugin: str, org: str) -> Installation | None:
+        """As ``find``, but it waits until it is known. Raises ``StoreError`` if that cannot be."""
+        ...
+
+    async def put(
+        self, plugin: str, org: str, change: Change, *, actor: str, if_revision: int | None = None
+    ) -> Installation:
+        """Make ``change``, and keep it for good; the installation as it is then.
+
+        Raises ``ConflictError`` unless the installation is of ``if_revision`` (0: not there), if that is given, and
+        other ``StoreError`` if it cannot be kept.
+        """
+        ...
+
+    async def remove(self, plugin: str, org: str, *, actor: str, if_revision: int | None = None) -> None:
+        """Uninstall. Raises as ``put``, and ``NotFoundError``."""
+        ...
+
+    def note(self, plugin: str, org: str, state: str, error: str) -> None:
+        """Note what the org's worker does, and its last error; it may get lost."""
         ...
 
 
-class TestInstalls:
+class _InMemory:
+    """Installations that nobody keeps beyond the life of the process."""
+
+    def __init__(self, known: Callable[[str], Installation | None]) -> None:
+        self._known = known
+        self._changed: dict[tuple[str, str], Installation] = {}
+
+    def find(self, plugin: str, org: str) -> Installation | None:
+        return self._changed.get((plugin, org)) or self._known(org)
+
+    async def load(self, plugin: str, org: str) -> Installation | None:
+        return self.find(plugin, org)
+
+    async def put(
+        self, plugin: str, org: str, change: Change, *, actor: str, if_revision: int | None = None
+    ) -> Installation:
+        before = self.find(plugin, org)
+        if before is None:
+            raise not_installed(plugin, org)
+        if if_revision is not None and before.revision != if_revision:
+            raise conflict(plugin, org, before.revision)
+        after = self._changed[plugin, org] = change.apply(before)
+        return after
+
+    async def remove(self, plugin: str, org: str, *, actor: str, if_revision: int | None = None) -> None:
+        await self.put(plugin, org, Change(enabled=False), actor=actor, if_revision=if_revision)
+
+    def note(self, plugin: str, org: str, state: str, error: str) -> None:
+        pass
+
+
+def _test_org(org: str) -> Installation:
+    return Installation(org, f"Test Org {org}")
+
+
+class TestInstalls(_InMemory):
     """Test mode: every org is known and has every plugin. Changes are kept in memory."""
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
     def __init__(self) -> None:
-        self._changed: dict[tuple[str, str], Installation] = {}
+        super().__init__(_test_org)
 
-    def find(self, plugin: str, org: str) -> Installation | None:
-        return self._changed.get((plugin, org)) or Installation(org, f"Test Org {org}")
+    async def put(
+        self, plugin: str, org: str, change: Change, *, actor: str, if_revision: int | None = None
+    ) -> Installation:
+        after = await super().put(plugin, org, change, actor=actor, if_revision=if_revision)
+        if not after.enabled:  # there is no way to enable it again here but to use it
+            del self._changed[plugin, org]
+        return after
 
-    def save(self, plugin: str, installation: Installation) -> None:
-        if installation.enabled:
-            self._changed[plugin, installation.org_id] = installation
-        else:  # there is no way to enable it again here but to use it
-            self._changed.pop((plugin, installation.org_id), None)
 
-
-class SingleInstall:
+class SingleInstall(_InMemory):
     """``hayhost run``: one org, and nothing else."""
 
     def __init__(self, installation: Installation) -> None:
-        self.installation = installation
+        super().__init__(lambda org: installation if org == installation.org_id else None)
+
+
+class EveryOrg:
+    """Test mode with a store: what that does not have is there all the same, with an empty config."""
+
+    def __init__(self, kept: Installs) -> None:
+        self._kept = kept
+        self.put, self.remove, self.note = kept.put, kept.remove, kept.note
 
     def find(self, plugin: str, org: str) -> Installation | None:
-        return self.installation if org == self.installation.org_id else None
+        return self._kept.find(plugin, org) or _test_org(org)
 
-    def save(self, plugin: str, installation: Installation) -> None:
-        self.installation = installation
-
-
-class _PluginTable(msgspec.Struct, forbid_unknown_fields=True):
-    enabled: bool = True
-    config: dict[str, Any] = {}
-    auth: Auth | None = None
-
-
-class _OrgTable(msgspec.Struct, forbid_unknown_fields=True):
-    name: str | None = None
-    plugins: dict[str, _PluginTable] = {}
-
-
-class FileInstalls:
-    """``--orgs FILE.toml``: the orgs as a file declares them. Changes made while the host runs are kept in memory.
-
-    ::
-
-        [orgs.acme]
-        name = "Acme Ltd"
-        [orgs.acme.plugins.stripe]
-        config = { toleranceSeconds = 60 }
-        auth = { methodId = "apiKey", credentials = { apiKey = "sk_..." } }
-    """
-
-    def __init__(self, file: Path, valid_org: Any) -> None:
-        """Read ``file``. Raises ``SettingsError`` naming everything that is wrong with it."""
-        self.warnings: list[str] = []
-        try:
-            if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-                self.warnings.append(f"{file} may hold credentials and is readable by others; use `chmod 600 {file}`")
-            table = tomllib.loads(file.read_text())
-        except OSError as error:
-            raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{file}: not valid TOML: {error}") from None
-        problems = [f"{file}: {key}: no such key; there is `orgs`" for key in table if key != "orgs"]
-        self._installations: dict[tuple[str, str], Installation] = {}
-        orgs = table.get("orgs", {})
-        if not isinstance(orgs, Mapping):
-            raise SettingsError(f"{file}: orgs: must be a table of orgs, [orgs.ID]")
-        for org, given in orgs.items():
-            if not valid_org(org):
-                problems.append(f"{file}: orgs.{org}: not an org id: letters, digits and _ . - only, at most 128")
-                continue
-            try:
-                entry = msgspec.convert(given, _OrgTable)
-            except msgspec.ValidationError as error:
-                problems.append(f"{file}: orgs.{org}: {error}")
-                continue
-            for plugin, install in entry.plugins.items():
-                self._installations[plugin, org] = Installation(
-                    org, entry.name or org, install.config, install.auth, install.enabled
-                )
-        if problems:
-            raise SettingsError("\n".join(problems))
-
-    def all(self) -> Mapping[tuple[str, str], Installation]:
-        """Every installation by (plugin, org)."""
-        return self._installations
-
-    def find(self, plugin: str, org: str) -> Installation | None:
-        return self._installations.get((plugin, org))
-
-    def save(self, plugin: str, installation: Installation) -> None:
-        self._installations[plugin, installation.org_id] = installation
+    async def load(self, plugin: str, org: str) -> Installation | None:
+        return await self._kept.load(plugin, org) or _test_org(org)

@@ -6,13 +6,24 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sandbox.confinement import LAYERS, MINIMAL_ENVIRONMENT, UNCONFINED, Layer, Level, Plan, landlock, level_of, seccomp
+from sandbox.confinement import (
+    LAYERS,
+    MINIMAL_ENVIRONMENT,
+    UNCONFINED,
+    Layer,
+    Level,
+    Plan,
+    landlock,
+    level_of,
+    program_path,
+    seccomp,
+)
 from sandbox.confinement.cgroups import Cgroups, find
 from sandbox.confinement.limits import limits_of
 from sandbox.confinement.namespaces import SCRATCH, outermost
@@ -22,6 +33,7 @@ from .errors import HostError, SettingsError
 from .inspection import Descriptors, inspect
 from .logs import get_logger
 from .manifest import Manifest
+from .overuse import Overuse
 from .processes import Nursery
 from .scratch import Folders
 from .settings import Settings
@@ -62,7 +74,7 @@ _UIDS: Final = (1 << 30, 1 << 31)
 _REMOVE_AGAIN: Final = 0.05
 _REMOVE_TRIES: Final = 100
 _MOVERS: Final = 4
-_BEFORE_MOVED: Final = 2 << 20  # what a worker has written to by then
+_BEFORE_MOVED: Final = 4 << 20  # what a worker has written to by then: 2.8 MiB were measured
 _DYING: Final = 1.0  # how long the last workers may take to be gone
 
 
@@ -81,19 +93,18 @@ class Isolation:
         self.layers: frozenset[Layer] = frozenset()
         self.problems: dict[str, str] = {}
         """By layer, why this machine does not give it."""
+        self._wanted: frozenset[Layer] = frozenset()
         self.folders = Folders()
         nameserver = "" if settings.egress_nameserver == "system" else settings.egress_nameserver
-        self.egress = Egress(allow=settings.egress_allow, nameserver=nameserver, lost=self._cut_off)
+        self.egress = Egress(allow=settings.egress_allow, nameserver=nameserver)
         """Connects to the network for workers."""
-        self.cut_off: Callable[[set[tuple[str, str]]], None] = lambda workers: None
-        """Called with the (plugin, org) of workers that can reach the network no more."""
         self._settings = settings
         self._interpreter: tuple[str, ...] = ()
         self._cgroups: Cgroups | None = None
+        self._moving: set[str] = set()
+        self._left: set[str] = set()
+        self._overuse = Overuse()
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="cgroups")
-
-    def _cut_off(self, workers: set[tuple[str, str]]) -> None:
-        self.cut_off(workers)
 
     @property
     def level(self) -> Level:
@@ -104,12 +115,12 @@ class Isolation:
         """Find out what there is, and decide. Raises ``SettingsError`` below the level that is required."""
         probed = await nursery.probe()
         self._decide(probed.problems, probed.interpreter)
-        nursery.contain, nursery.left = self.contain_zygote, self.left
+        nursery.contain, nursery.left, nursery.ran_out = self.contain_zygote, self.left, self.ran_out
 
     def _decide(self, problems: dict[str, str], interpreter: Iterable[str]) -> None:
         self._interpreter = tuple(interpreter)
         self.problems = {layer: problem for layer, problem in problems.items() if problem}
-        wanted, required = _wanted(self._settings)
+        self._wanted, required = wanted, _ = _wanted(self._settings)
         if "cgroups" in wanted:
             try:
                 self._cgroups = find(f"hayhost-{os.getpid()}-{secrets.token_hex(4)}", os.getpid())
@@ -134,7 +145,7 @@ class Isolation:
     def log(self) -> None:
         """Say what is in force, and what is not and why."""
         record = get_logger().info if self.level >= Level.CONFINED else get_logger().warning
-        missing = {f"no_{layer}": problem for layer, problem in sorted(self.problems.items())}
+        missing = {f"no_{layer}": problem for layer, problem in sorted(self.problems.items()) if layer in self._wanted}
         record("isolation", isolation=self.level.label, layers=",".join(sorted(self.layers)), **missing)
 
     def plan(self, manifest: Manifest) -> Plan:
@@ -206,7 +217,8 @@ class Isolation:
 
         What its workers had before they were moved stays counted here, so there is room for all of them.
         """
-        memory = plan.memory + self._settings.max_workers * _BEFORE_MOVED
+        workers = self._settings.max_workers * 5 // 4 + 8  # with those that are on their way out
+        memory = plan.memory + workers * _BEFORE_MOVED
         return await self._move(name, pid, plan, memory, _PROCESSES)
 
     async def contain(self, name: str, pid: int, plan: Plan) -> str:
@@ -222,10 +234,16 @@ class Isolation:
         add = functools.partial(
             self._cgroups.add, name, pid, memory=memory, processes=processes, processors=_PROCESSORS
         )
+        self._moving.add(name)
         try:
             await asyncio.get_running_loop().run_in_executor(self._movers, add)
         except OSError as error:
             return f"it cannot be put into a cgroup: {error}"
+        finally:
+            self._moving.discard(name)
+            if name in self._left:
+                self._left.discard(name)
+                self.left(name)
         return ""
 
     def ran_out(self, name: str, plan: Plan) -> str:
@@ -237,7 +255,9 @@ class Isolation:
 
     def left(self, name: str) -> None:
         """The worker with these quarters is gone."""
-        if self._cgroups is not None and not self._cgroups.remove(name):
+        if name in self._moving:
+            self._left.add(name)  # its cgroup is only being made
+        elif self._cgroups is not None and not self._cgroups.remove(name):
             asyncio.get_running_loop().call_later(_REMOVE_AGAIN, self._remove, name, _REMOVE_TRIES)
 
     def _remove(self, name: str, tries: int) -> None:
@@ -253,6 +273,19 @@ class Isolation:
     def oversized(self, paths: Iterable[str]) -> list[str]:
         """The scratch folders among ``paths`` that have grown too large. Walks them: not for the event loop."""
         return [path for path in paths if self.folders.size(path) > _SCRATCH]
+
+    @property
+    def watches(self) -> bool:
+        """Whether no cgroup bounds what workers take of the machine, so that somebody has to look."""
+        return "limits" in self.layers and self._cgroups is None
+
+    def overusing(self, workers: Mapping[int, Plan], living: Iterable[int]) -> dict[int, str]:
+        """Look at ``workers``, which are some of the ``living``, by pid: why some have to be ended.
+
+        Reads files of the kernel's: not for the event loop.
+        """
+        self._overuse.forget(living)
+        return self._overuse.look(workers)
 
     async def stop(self) -> None:
         """End the egress broker, and close."""
@@ -323,11 +356,17 @@ def programs_of(command: str, folder: Path) -> Iterator[str]:
 
     Raises ``HostError`` if there is no such command.
     """
-    found = shutil.which(command, path=MINIMAL_ENVIRONMENT["PATH"]) if os.sep not in command else None
-    path = found or os.path.join(folder, command)
-    if (os.sep not in command and found is None) or not os.path.isfile(path):
+    paths = _found(command) if os.sep not in command else [os.path.join(folder, command)]
+    if not paths or not os.path.isfile(paths[0]):
         raise HostError(f"permissions.subprocess: there is no command {command!r} on this machine")
-    yield from _needed(path)
+    for path in paths:
+        yield from _needed(path)
+
+
+def _found(command: str) -> list[str]:
+    """The files that may be meant: what a worker finds on its PATH, and what came with packages of this Python."""
+    places = (MINIMAL_ENVIRONMENT["PATH"], program_path())
+    return list(dict.fromkeys(path for place in places if (path := shutil.which(command, path=place))))
 
 
 def _needed(path: str, depth: int = 4) -> Iterator[str]:
@@ -337,7 +376,7 @@ def _needed(path: str, depth: int = 4) -> Iterator[str]:
     if head.startswith(b"#!") and depth:
         words = os.fsdecode(head[2:].partition(b"\n")[0]).split()
         for word in words[: 2 if words and os.path.basename(words[0]) == "env" else 1]:
-            if (interpreter := shutil.which(word, path=MINIMAL_ENVIRONMENT["PATH"])) is not None:
+            for interpreter in _found(word):
                 yield from _needed(interpreter, depth - 1)
     elif head.startswith(b"\x7fELF") and (loader := _loader(head)) is not None:
         yield loader

@@ -2,22 +2,21 @@
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 
-from .api import Api, Handler
+from .answers import Answer, Call, Handler
+from .api import Api
 from .catalog import Plugin
-from .errors import RequestError
-from .exchange import Answer
+from .errors import RequestError, StoreError
 from .installs import Installation, Installs
+from .names import ORG_ID, PLUGIN_NAME
 
-__all__ = ["ORG_ID", "Layout", "OneOrg", "Own", "Place", "Site"]
+__all__ = ["Layout", "OneOrg", "Own", "Place", "Site"]
 
-ORG_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-"""An org's id. It stands in URLs as it is: no encoded form of it is recognised."""
-
-_WORKER_URL = re.compile(rf"/plugins/([a-z0-9][a-z0-9-]{{0,63}})/({ORG_ID.pattern})(/.*)?", re.DOTALL)
+_WORKER_URL = re.compile(rf"/plugins/({PLUGIN_NAME.pattern})/({ORG_ID.pattern})(/.*)?", re.DOTALL)
+_ORG_URL = re.compile(rf"/orgs/({ORG_ID.pattern})/mcp")
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -31,10 +30,16 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Own(msgspec.Struct, frozen=True):
-    """A path of the host's own, outside every worker. With ``managing`` only the host's own address may be used."""
+    """A path of the host's own, outside every worker.
+
+    With ``managing`` only the host's own address may be used, and a token is needed as soon as there is one, unless it
+    is ``open``. With ``navigation`` a browser may be sent there by another site.
+    """
 
     methods: Mapping[str, Handler]
-    managing: bool
+    managing: bool = True
+    open: bool = False
+    navigation: bool = False
 
 
 class Layout(Protocol):
@@ -48,14 +53,26 @@ class Layout(Protocol):
         """What answers ``path``, if it is the host's own."""
         ...
 
+    def org(self, path: str) -> str | None:
+        """The org whose MCP servers are together at ``path``, if it is such a path."""
+        ...
+
 
 class Site:
     """``hayhost serve``: ``/plugins/<name>/<org>/...`` beside the host's own paths."""
 
-    def __init__(self, plugins: Mapping[str, Plugin], installs: Installs, api: Api) -> None:
+    def __init__(
+        self,
+        plugins: Mapping[str, Plugin],
+        installs: Installs,
+        api: Api,
+        check: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """``check()`` raises ``StoreError`` if the store cannot be reached."""
         self._plugins = plugins
         self._installs = installs
         self._api = api
+        self._check = check
         self.ready = False
         self._own = {"/healthz": _get(self._healthz), "/readyz": _get(self._readyz)}
 
@@ -71,15 +88,26 @@ class Site:
 
     def own(self, path: str) -> Own | None:
         if path.startswith("/api/"):
-            methods = self._api.find(path)
-            return Own(_with_head(methods), managing=True) if methods else None
+            found = self._api.find(path)
+            if found is None:
+                return None
+            return Own(_with_head(found.methods), open=found.open, navigation=found.navigation)
         return self._own.get(path)
 
-    async def _healthz(self, _body: bytes) -> Answer:
+    def org(self, path: str) -> str | None:
+        found = _ORG_URL.fullmatch(path)
+        return found[1] if found else None
+
+    async def _healthz(self, _call: Call) -> Answer:
         return Answer(200, {"status": "ok"})
 
-    async def _readyz(self, _body: bytes) -> Answer:
+    async def _readyz(self, _call: Call) -> Answer:
         states = {name: plugin.state.value for name, plugin in self._plugins.items()}
+        if self._check is not None:
+            try:
+                await self._check()
+            except StoreError as error:
+                return Answer(503, {"error": str(error), "plugins": states}, {"Retry-After": "1"})
         if self.ready:  # one that is added later does not make the host unready
             return Answer(200, {"status": "ready", "plugins": states})
         return Answer(503, {"error": "The plugins are still loading", "plugins": states}, {"Retry-After": "1"})
@@ -101,10 +129,13 @@ class OneOrg:
     def own(self, path: str) -> None:
         return None
 
+    def org(self, path: str) -> None:
+        return None
+
 
 def _with_head(methods: Mapping[str, Handler]) -> Mapping[str, Handler]:
     return {**methods, "HEAD": methods["GET"]} if "GET" in methods else methods
 
 
-def _get(handler: Callable[[bytes], Awaitable[Answer]]) -> Own:
+def _get(handler: Handler) -> Own:
     return Own(_with_head({"GET": handler}), managing=False)

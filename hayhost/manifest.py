@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from .errors import ManifestError
+from .names import PLUGIN_NAME
 
 __all__ = ["CAPABILITIES", "CATEGORIES", "Manifest", "Permissions", "is_plugin_folder", "read_manifest"]
 
@@ -30,7 +31,6 @@ _MIN_MEMORY, _MAX_MEMORY, _MAX_NUMBER = 16 << 20, 1 << 40, 2**31 - 1
 # tomllib takes quadratic time for dotted keys: minutes for a hostile file of the allowed size, 0.5 s with this.
 _MAX_TOML_WORK = 5_000_000
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _MEMORY = re.compile(rf"([0-9]{{1,15}}) ?({'|'.join(_UNITS)})")
@@ -340,7 +340,7 @@ def _read_project(document: object, form: _Form, table: _Table, warnings: list[s
 def _name(value: object) -> str:
     name = _text(value)
     # Lower-casing turns some letters outside of ASCII into ASCII ones.
-    if not name.isascii() or not _NAME.fullmatch(name.lower()):
+    if not name.isascii() or not PLUGIN_NAME.fullmatch(name.lower()):
         raise ValueError("not a plugin's name")
     return name.lower()
 

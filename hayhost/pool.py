@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from .catalog import Plugin
@@ -28,6 +28,8 @@ _TICK: Final = 0.5
 _STUCK_AFTER: Final = 3.0
 # Orgs whose workers are exchanged side by side: enough to be quick, few enough to leave the machine to requests.
 _AT_ONCE: Final = 4
+# Of workers that have nothing to do, one in this many is looked at in a tick.
+_TURNS: Final = 8
 # Spares are refilled when nothing has been started for this long, so that no start waits for them.
 _REFILL_AFTER: Final = 0.05
 
@@ -46,14 +48,21 @@ class Pool:
         self.lru: OrderedDict[Worker, Slot] = OrderedDict()
         """Serving workers, the longest unused first."""
         self.spares: dict[str, deque[Worker]] = {}
+        self.told: Callable[[Slot], None] = lambda slot: None
+        """Called when the state of an org's plugin has changed."""
+        self.serves: Callable[[Worker, Slot], None] = lambda worker, slot: None
+        """Called with every worker that begins to serve a slot."""
         self.keep_idle = False
         """Whether workers stay however long they are idle (``hayhost run``)."""
         self._room: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._coming = 0  # workers that are not in ``workers`` yet, because their zygote is waited for
         self._closing = False
-        self._last_start = 0.0
+        self._refilling: asyncio.TimerHandle | None = None
+        self._being_refilled: set[str] = set()
         self._measuring: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._turn = 0
         self._ticker = self.spawn(self._tick())
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
@@ -88,7 +97,9 @@ class Pool:
         Without ``room`` none is made: it is for an org whose worker leaves as soon as this one is ready. Raises
         ``UnavailableError`` if the plugin is not loaded, ``StartFailedError`` if the worker does not come up.
         """
-        self._last_start = self.loop.time()
+        if self._refilling is not None:
+            self._refilling.cancel()
+        self._refilling = self.loop.call_later(_REFILL_AFTER, self._refill)
         spares = self.spares.get(plugin.name)
         while spares:
             worker = spares.popleft()
@@ -188,13 +199,18 @@ class Pool:
         slot.release()
         worker.lifecycle.to(WorkerState.DRAINING, "on_stop")
         self.spawn(self.retire(worker))
-        if not slot.last_error and not slot.backoff.remaining(self.loop.time()) and not slot.queue:
-            self.slots.pop((slot.plugin.name, slot.org_id), None)
+        self.forget(slot)
+
+    def forget(self, slot: Slot) -> None:
+        """Give up a slot that has no worker, unless there is something to remember, or somebody who needs it."""
+        if slot.is_idle and self.slots.get(key := (slot.plugin.name, slot.org_id)) is slot:
+            del self.slots[key]
 
     def serving(self, worker: Worker, slot: Slot) -> None:
         """``worker`` serves ``slot`` from now on."""
         self.workers[worker] = slot
         self.lru[worker] = slot
+        self.serves(worker, slot)
 
     def touch(self, worker: Worker) -> None:
         """A request of ``worker`` has ended."""
@@ -249,15 +265,31 @@ class Pool:
                 elif worker.idle and not worker.cancelled:
                     worker.pinged = None
                 self._check(worker, slot, now)
-            self._refill(now)
+            if self._refilling is None:
+                self._refill()
             if self.isolation.measures and (self._measuring is None or self._measuring.done()):
                 self._measuring = self.spawn(self._measure())
+            if self.isolation.watches and (self._watching is None or self._watching.done()):
+                self._watching = self.spawn(self._watch())
 
     async def _measure(self) -> None:
         """Replace workers whose scratch folders have grown too large, where they have no file system of their own."""
         workers = {worker.quarters.scratch: worker for worker in self.lru if worker.quarters.scratch}
         for path in await self.loop.run_in_executor(None, self.isolation.oversized, list(workers)):
             workers[path].kill("its scratch folder grew beyond its limit")
+
+    async def _watch(self) -> None:
+        """End workers that take more of the machine than they may. Looks at the busy ones and some of the others."""
+        workers = {worker.pid: worker for worker in self.workers if worker.pid}
+        self._turn = (self._turn + 1) % _TURNS
+        plans = {
+            pid: worker.zygote.spec.plan
+            for number, (pid, worker) in enumerate(workers.items())
+            if not worker.idle or number % _TURNS == self._turn
+        }
+        found = await self.loop.run_in_executor(None, self.isolation.overusing, plans, list(workers))
+        for pid, problem in found.items():
+            workers[pid].kill(problem)
 
     def _check(self, worker: Worker, slot: Slot, now: float) -> None:
         """Replace a worker that hangs: no answer to a ping, or a cancelled handler that goes on."""
@@ -282,8 +314,9 @@ class Pool:
         else:
             worker.ping(now)
 
-    def _refill(self, now: float) -> None:
-        if self._closing or now - self._last_start < _REFILL_AFTER or len(self.workers) >= self.settings.max_workers:
+    def _refill(self) -> None:
+        self._refilling = None
+        if self._closing or len(self.workers) >= self.settings.max_workers:
             return
         in_use = {slot.plugin.name: slot.plugin for slot in self.lru.values()}
         for name, plugin in in_use.items():
@@ -291,18 +324,32 @@ class Pool:
             while spares and spares[0].exit.done():
                 spares.popleft()
             version = plugin.current
-            if len(spares) < self.settings.spares and version is not None and version.alive and not version.strict:
-                self.spawn(self._add_spare(plugin, version, spares))
+            if (
+                len(spares) < self.settings.spares
+                and version is not None
+                and version.alive
+                and not version.strict
+                and name not in self._being_refilled
+            ):
+                self._being_refilled.add(name)
+                self.spawn(self._add_spares(plugin, version, spares))
 
-    async def _add_spare(self, plugin: Plugin, version: Version, spares: "deque[Worker]") -> None:
+    async def _add_spares(self, plugin: Plugin, version: Version, spares: "deque[Worker]") -> None:
+        """Fork spares one after the other, until there are enough or an org's start comes in between."""
         try:
-            worker = await self._fork(plugin, version)
+            while len(spares) < self.settings.spares and len(self.workers) < self.settings.max_workers:
+                worker = await self._fork(plugin, version)
+                if version is plugin.current and self.spares.get(plugin.name) is spares and not self._closing:
+                    spares.append(worker)
+                else:
+                    worker.kill()
+                    return
+                if self._refilling is not None:
+                    return
         except RequestError:
-            return  # a start that needs it meets the same error and reports it
-        if len(spares) < self.settings.spares and version is plugin.current and self.spares.get(plugin.name) is spares:
-            spares.append(worker)
-        else:
-            worker.kill()
+            pass  # a start that needs it meets the same error and reports it
+        finally:
+            self._being_refilled.discard(plugin.name)
 
     def remove(self, plugin: Plugin) -> None:
         """Stop all workers of a plugin that is not served any more."""
@@ -346,6 +393,8 @@ class Pool:
         """Stop all workers: requests in flight finish within the drain limit, then ``hook`` runs in each."""
         self._closing = True
         self._ticker.cancel()
+        if self._refilling is not None:
+            self._refilling.cancel()
         for slot in self.slots.values():
             slot.close("The host is stopping")
         stops = []

@@ -17,9 +17,9 @@ from sandbox import wire
 from sandbox.confinement import MINIMAL_ENVIRONMENT, Plan
 from sandbox.spec import PluginSpec
 
-from .channel import Channel, socket_pair
+from .channel import Channel, Exits, socket_pair
 from .errors import HostError, PluginLoadError
-from .inspection import Descriptors, threads_of
+from .inspection import Descriptors, pid_inside, threads_of
 from .logs import PluginLog, get_logger
 from .scratch import Keeper
 
@@ -31,6 +31,9 @@ _READ: Final = 64 << 10
 _PROBE: Final = 30.0
 # A zygote that is let go finishes the forks that it was asked for.
 _LEAVE: Final = 1.0
+# A zygote's parent reports within this many seconds how it ended.
+_REPORTED: Final = 0.1
+_CRASHES: Final = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 
 
 Contain = Callable[[str, int, Plan], Awaitable[str]]
@@ -125,6 +128,10 @@ class Nursery:
         """Puts a zygote into a cgroup before it imports anything; why that failed, or empty."""
         self.left: Callable[[str], None] = lambda name: None
         """Called with the name of a zygote's cgroup when it is gone."""
+        self.ran_out: Callable[[str, Plan], str] = lambda name, plan: ""
+        """What to tell the author of a zygote that was killed because of its memory; empty if it was not."""
+        self.exits = Exits()
+        """How its last zygotes ended that have no keeper."""
 
     @property
     def pid(self) -> int:
@@ -192,7 +199,9 @@ class Nursery:
             raise HostError("the nursery did not find out how plugins can be isolated") from None
 
     def _receive(self, message: wire.Hello | wire.ChildExited | wire.Probed) -> None:
-        if isinstance(message, wire.Probed) and self._probed is not None and not self._probed.done():
+        if isinstance(message, wire.ChildExited):
+            self.exits.add(message)
+        elif isinstance(message, wire.Probed) and self._probed is not None and not self._probed.done():
             self._probed.set_result(message)
 
     async def spawn(self, spec: PluginSpec, log: PluginLog, *, execute: bool = False) -> "Zygote":
@@ -246,8 +255,8 @@ class Zygote:
         self.loaded: asyncio.Future[wire.Loaded] = asyncio.get_running_loop().create_future()
         self.loaded.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.stamps: list[wire.Stamp] = []
-        self.exits: dict[int, int] = {}
-        """How its last workers ended, as it says: pid to exit code, or minus a signal."""
+        self.exits = Exits()
+        """How its last workers ended."""
         self.lost: Callable[[], None] = lambda: None
         self.alive = True
         self.threads = 1
@@ -257,6 +266,7 @@ class Zygote:
         if self.keeper is None:
             keeper.close()
         self._became = False
+        self._pid_inside = 0
         self._name = f"zygote-{secrets.token_hex(8)}"
         self._nursery = nursery
         self._containing: asyncio.Task[None] | None = None
@@ -278,6 +288,7 @@ class Zygote:
             self._process = Process(pid, self._exited)
         except OSError:
             return  # dead already: the socket says so next
+        self._pid_inside = pid_inside(pid) if self.keeper else pid
         self._containing = asyncio.get_running_loop().create_task(self._admit(pid))
 
     async def _admit(self, pid: int) -> None:
@@ -300,9 +311,7 @@ class Zygote:
                 self._deadline.cancel()
                 self.loaded.set_exception(PluginLoadError(message.error, message.traceback))
             case wire.ChildExited():
-                self.exits[message.pid] = message.status
-                while len(self.exits) > 64:
-                    self.exits.pop(next(iter(self.exits)))
+                self.exits.add(message)
             case _:
                 self._closed("protocol error: a frame that a zygote may not send now")
 
@@ -322,13 +331,33 @@ class Zygote:
             return
         self.alive = False
         self._deadline.cancel()
-        if not self.loaded.done():
-            why = reason or "its process died while it was loading"
-            self.loaded.set_exception(PluginLoadError(f"the plugin did not load: {why}"))
+        if self.loaded.done():
             self._dispose()
-            return
+            self.lost()
+        elif reason:
+            self._failed(reason)
+        else:  # how it ended is on its way from its parent
+            asyncio.get_running_loop().call_later(_REPORTED, lambda: self._failed(self._how_it_ended()))
+
+    def _failed(self, why: str) -> None:
+        if not self.loaded.done():
+            self.loaded.set_exception(PluginLoadError(f"the plugin did not load: {why}"))
         self._dispose()
-        self.lost()
+
+    def _how_it_ended(self) -> str:
+        status = (self.keeper.exits if self.keeper else self._nursery.exits).get(self._pid_inside)
+        if status is None:
+            return "its process died while it was loading"
+        if status >= 0:
+            return f"its process exited with code {status} while it was loading"
+        if status == -signal.SIGKILL and (memory := self._nursery.ran_out(self._name, self.spec.plan)):
+            return memory
+        died = f"its process was killed by signal {-status} ({signal.strsignal(-status)}) while it was loading"
+        if status == -signal.SIGXCPU:
+            return f"{died}; permissions.cpu_seconds in the manifest can ask for more"
+        if status in _CRASHES and "limits" in self.spec.plan.layers:
+            return f"{died}; if it lacks memory, permissions.memory in the manifest can ask for more"
+        return died
 
     def _dispose(self) -> None:
         if self._process:

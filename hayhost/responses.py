@@ -2,12 +2,21 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from http import HTTPStatus
-from typing import Final
+from typing import Final, NamedTuple
 
 from tornado.httputil import HTTPHeaders, ResponseStartLine
 
-__all__ = ["BadRequestError", "BadResponseError", "body_length", "plugin_headers", "request_headers", "start_line"]
+__all__ = [
+    "BadRequestError",
+    "BadResponseError",
+    "RequestHead",
+    "plugin_headers",
+    "read_head",
+    "start_line",
+    "whole_head",
+]
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -24,6 +33,22 @@ HOP_BY_HOP: Final = frozenset(
 )
 """RFC 9110, 7.6.1: these concern one connection, not the message."""
 
+# What proxies say of the client.
+_PROXIES: Final = frozenset(
+    {
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-prefix",
+        "x-forwarded-proto",
+        "x-forwarded-server",
+        "x-forwarded-ssl",
+        "x-real-ip",
+    }
+)
+# What is looked at: most headers are none of these.
+_NOTED: Final = HOP_BY_HOP | _PROXIES | {"host", "content-length", "expect", "authorization"}
 # Headers that speak for the whole origin, which is the host's and not the plugin's, or that the front writes itself.
 _NOT_THEIRS: Final = HOP_BY_HOP | {
     "alt-svc",
@@ -42,6 +67,7 @@ _NOT_THEIRS: Final = HOP_BY_HOP | {
     "strict-transport-security",
     "x-content-type-options",
 }
+_HOST_TOKEN = re.compile(r"\bhay_[0-9a-f]{16}_")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 # What a browser may run as a page. No Content-Type at all is sniffed no more, thanks to nosniff, but shown.
@@ -49,6 +75,9 @@ _INERT = re.compile(
     r"(application/(json|octet-stream|pdf|zip|x-ndjson)|text/(plain|csv|event-stream|css)|image/(?!svg)[a-z0-9.+-]+)"
     r"\s*(;[^,]*)?"  # of several types, a browser takes the last one
 )
+# Heads up to this size are remembered: what handlers without headers of their own answer with, and not much more.
+_FEW: Final = 4
+_SHORT: Final = 256
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -65,29 +94,93 @@ def start_line(status: int) -> ResponseStartLine:
     return ResponseStartLine("HTTP/1.1", status, _REASONS.get(status, "Unknown"))
 
 
-def body_length(headers: HTTPHeaders) -> int:
-    """The length of a request's body, 0 if it is not told in advance.
+class RequestHead(NamedTuple):
+    """What the host has to know of a request's headers, and those that are for the plugin."""
+
+    length: int
+    """Of the body; 0 if it is not told in advance."""
+    hosts: int
+    expects: bool
+    plain: bool
+    """Whether it says nothing about its connection: what HTTP/1.1 does without being asked is what it wants."""
+    has_token: bool
+    """Whether one of the host's is shown."""
+    for_plugin: list[tuple[str, str]]
+
+
+def read_head(headers: HTTPHeaders, *, forwarded: bool = False) -> RequestHead:
+    """Look at each header once. For the plugin are not the hop-by-hop ones, and no token of the host's.
+
+    What proxies add is left out unless it was ``forwarded`` by one that is believed: anybody can claim to be one.
 
     Raises ``BadRequestError`` for what others might understand in another way (RFC 9112, 6.1 and 6.3).
     """
-    given, coding = headers.get("Content-Length"), headers.get("Transfer-Encoding")
-    if coding is not None and (given is not None or coding.lower() != "chunked"):
+    hosts = 0
+    expects = secret = False
+    lengths: list[str] = []
+    codings: list[str] = []
+    connection: list[str] = []
+    kept: list[tuple[str, str]] = []
+    for name, value in headers.get_all():
+        lower = name.lower()
+        if lower in _NOTED:
+            if lower == "host":
+                hosts += 1
+            elif lower == "content-length":
+                lengths.append(value)
+            elif lower == "transfer-encoding":
+                codings.append(value)
+            elif lower == "connection":
+                connection.append(value)
+            elif lower == "expect":
+                expects = True
+            elif lower == "authorization":
+                secret = secret or _HOST_TOKEN.search(value) is not None
+            if lower in HOP_BY_HOP or (lower in _PROXIES and not forwarded):
+                continue
+        kept.append((lower, value))
+    if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked"):
         raise BadRequestError("A body is either of a Content-Length or in the transfer coding chunked, and no other")
-    if given is None:
-        return 0
-    lengths = {length.strip() for length in given.split(",")}
-    length = lengths.pop()
-    if lengths or not length.isascii() or not length.isdigit() or len(length) > 18:
+    if connection:
+        dropped = {name.strip().lower() for name in ",".join(connection).split(",")}
+        kept = [pair for pair in kept if pair[0] not in dropped]
+    if secret:
+        kept = [pair for pair in kept if pair[0] != "authorization"]
+    return RequestHead(_length(lengths) if lengths else 0, hosts, expects, not connection, secret, kept)
+
+
+def _length(given: list[str]) -> int:
+    length, *others = {length.strip() for length in ",".join(given).split(",")}
+    if others or not length.isascii() or not length.isdigit() or len(length) > 18:
         raise BadRequestError("The Content-Length must be one number")
     return int(length)
 
 
-def request_headers(headers: HTTPHeaders) -> list[tuple[str, str]]:
-    """The headers of a request that are for the plugin: all but the hop-by-hop ones."""
-    dropped: frozenset[str] | set[str] = HOP_BY_HOP
-    if (connection := headers.get("Connection")) is not None:
-        dropped = HOP_BY_HOP.union(name.strip().lower() for name in connection.split(","))
-    return [(lower, value) for name, value in headers.get_all() if (lower := name.lower()) not in dropped]
+def whole_head(status: int, given: list[tuple[str, str]], base: str) -> bytes:
+    """The start line and headers of a worker's answer whose body is there, all but those that end the head.
+
+    As ``plugin_headers``, of which it is the encoded form. Raises ``BadResponseError``.
+    """
+    if len(given) <= _FEW and sum(len(name) + len(value) for name, value in given) <= _SHORT:
+        block, for_base = _known_head(status, tuple(given))
+        if not for_base:
+            return block
+    return _encode_head(status, given, base)
+
+
+@lru_cache(1024)
+def _known_head(status: int, given: tuple[tuple[str, str], ...]) -> tuple[bytes, bool]:
+    """What most answers have is worked out once; whether it depends on where the worker is, too."""
+    if any(name.lower() == "set-cookie" for name, _ in given):
+        return b"", True
+    return _encode_head(status, given, ""), False
+
+
+def _encode_head(status: int, given: Iterable[tuple[str, str]], base: str) -> bytes:
+    headers, _ = plugin_headers(given, base)
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Unknown')}\r\n"]
+    lines += [f"{name}: {value}\r\n" for name, value in headers.get_all()]
+    return "".join(lines).encode("latin-1")
 
 
 def plugin_headers(given: Iterable[tuple[str, str]], base: str) -> tuple[HTTPHeaders, int | None]:

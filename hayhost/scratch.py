@@ -14,7 +14,7 @@ from sandbox import wire
 from sandbox.confinement import Plan
 from sandbox.confinement.namespaces import SCRATCH
 
-from .channel import Channel
+from .channel import Channel, Exits
 from .errors import StartFailedError
 from .logs import get_logger
 
@@ -44,6 +44,8 @@ class Keeper:
         self._waiting: dict[str, asyncio.Future[str]] = {}
         self._made: set[str] = set()
         self._leaving = False
+        self.exits = Exits()
+        """How processes of the namespaces ended, by their pids in there."""
         self._channel = Channel(
             sock, wire.FromKeeper, hello=lambda pid, message: None, receive=self._receive, closed=self._closed
         )
@@ -76,8 +78,10 @@ class Keeper:
         if self._leaving and not self._made:
             self._channel.close()
 
-    def _receive(self, message: wire.ScratchMade | wire.Hello) -> None:
-        if isinstance(message, wire.ScratchMade) and (made := self._waiting.get(message.name)) and not made.done():
+    def _receive(self, message: wire.ScratchMade | wire.ChildExited | wire.Hello) -> None:
+        if isinstance(message, wire.ChildExited):
+            self.exits.add(message)
+        elif isinstance(message, wire.ScratchMade) and (made := self._waiting.get(message.name)) and not made.done():
             made.set_result(message.error)
 
     def _closed(self, _reason: str) -> None:

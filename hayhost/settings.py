@@ -19,6 +19,7 @@ RequiredLevel = Literal["none", "limited", "confined", "namespaced", "hardened"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})")
 _SIZE = re.compile(r"(\d+)\s*(B|[kKMG]i?B?)?")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -46,7 +47,23 @@ class Settings:
     host: str = _setting("127.0.0.1", "Address to listen on; must be a loopback address.")
     port: int = _setting(8000, "Port to listen on; 0 picks a free one.", most=65535)
     mode: Mode = _setting("production", "In test mode every org is known, with an empty config.")
-    orgs: Path | None = _setting(None, "TOML file with the orgs, their plugins, config and credentials.")
+    store: str = _setting(
+        "auto",
+        "Where orgs and settings are kept: FILE or postgresql://...; auto is hayhost.db here, in test mode none.",
+    )
+    key_file: str = _setting("auto", "File with the keys that encrypt secrets; auto is one beside the store.")
+    orgs: Path | None = _setting(None, "TOML file with orgs, their plugins, config and credentials, to be applied.")
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), "Further names by which the host may be managed; by comma.", kind="name"
+    )
+    trusted_proxies: tuple[str, ...] = _setting(
+        (), "Networks of reverse proxies whose X-Forwarded-* headers are believed; by comma.", kind="network"
+    )
+    route_tokens: bool = _setting(False, "Plugins' own routes need a bearer token, too.")
+    org_rate: str = _setting(
+        "none", "Requests that each org's plugin may get, e.g. 100/second; more are 429.", kind="rate"
+    )
+    plugin_rate: str = _setting("none", "Requests for each plugin, of all orgs together.", kind="rate")
     max_workers: int = _setting(1000, "Worker processes at most; over it the longest-idle one leaves.", least=1)
     spares: int = _setting(1, "Workers without an org that wait ready, per plugin in use.", most=64)
     max_requests: int = _setting(128, "Requests that one worker handles at once; more wait.", least=1)
@@ -59,6 +76,12 @@ class Settings:
     ping_timeout: float = _setting(
         10.0, "A busy worker that does not answer a ping for this long is replaced.", least=0.1
     )
+    mcp_timeout: float = _setting(
+        60.0, "Time for a request to an MCP server, unless the tool or the server has its own.", least=0.01
+    )
+    mcp_requests: int = _setting(32, "Requests of one org to MCP servers at once; more wait.", least=1)
+    mcp_sessions: int = _setting(100, "MCP sessions of one credential at one endpoint.", least=1)
+    mcp_session_timeout: float = _setting(1800.0, "An MCP session without requests for this long ends.", least=0.01)
     isolation: IsolationChoice = _setting("auto", "How workers are isolated; auto takes all that the machine gives.")
     require: RequiredLevel = _setting("confined", "Refuse to start if auto gives less than this level of isolation.")
     layers: str = _setting("auto", "Apply just these layers of isolation (by comma), to find out what each one stops.")
@@ -129,8 +152,11 @@ def _from_file(file: Path | None, problems: list[str]) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name in FIELDS}
 
 
+_LISTS = {"network": (",", "networks such as 10.1.0.0/16"), "name": (",", "host names")}
+
+
 def _items(value: Any, kind: str) -> tuple[str, ...]:
-    separator, what = (",", "networks such as 10.1.0.0/16") if kind == "network" else (":", "absolute paths")
+    separator, what = _LISTS.get(kind, (":", "absolute paths"))
     items = [item.strip() for item in value.split(separator) if item.strip()] if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{value!r} is not a list of {what}")
@@ -139,8 +165,15 @@ def _items(value: Any, kind: str) -> tuple[str, ...]:
             return tuple(str(ip_network(item)) for item in items)
     except ValueError as error:
         raise ValueError(f"{value!r} is not a list of {what}: {error}") from None
+    if kind == "name":
+        if not all(_NAME.fullmatch(item) for item in items):
+            raise ValueError(f"{value!r} is not a list of {what}")
+        return tuple(items)
     if not all(os.path.isabs(item) and "\0" not in item for item in items):
         raise ValueError(f"{value!r} is not a list of {what}")
+    for item in items:
+        if not os.path.isdir(item):
+            raise ValueError(f"{item!r} {'is no folder' if os.path.exists(item) else 'does not exist'}")
     return tuple(map(os.path.realpath, items))
 
 
@@ -155,6 +188,16 @@ def _nameserver(value: Any) -> str:
     return str(value)
 
 
+def _rate(value: Any) -> str:
+    from limits import parse
+
+    try:
+        parse(str(value))
+        return str(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a rate such as 100/second or 2000/minute, nor none") from None
+
+
 def _convert(name: str, value: Any) -> Any:
     """``value`` as the type of the setting. Raises ``ValueError`` saying what is allowed."""
     hint, limits = _HINTS[name], FIELDS[name].metadata
@@ -166,6 +209,8 @@ def _convert(name: str, value: Any) -> Any:
         return _items(value, limits["kind"])
     if limits["kind"] == "nameserver" and value != "system":
         return _nameserver(value)
+    if limits["kind"] == "rate" and value != "none":
+        return _rate(value)
     if hint is str:
         if not isinstance(value, str) or not value:
             raise ValueError(f"{value!r} is not a non-empty string")

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .catalog import Plugin
-from .errors import QueueFullError, RequestError, StartFailedError, UnavailableError
+from .errors import QueueFullError, RequestError, StartFailedError, StoreError, UnavailableError
 from .installs import Installation
 from .logs import get_logger
 from .states import WorkerState
@@ -45,6 +45,8 @@ class Slot:
         self.worker: Worker | None = None
         self.lock = asyncio.Lock()
         """Held by whoever changes the org's settings or its worker on purpose."""
+        self.users = 0
+        """How many hold the lock, or wait for it, and need the slot to stay."""
         self.backoff = Backoff()
         self.breaker = Breaker()
         self.last_error = ""
@@ -66,6 +68,13 @@ class Slot:
         if self._starting is not None and not self._starting.done():
             return WorkerState.STARTING
         return WorkerState.ERROR if self.breaker.reason or self._down else WorkerState.STOPPED
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing would be lost with it."""
+        busy = self.worker or self.queue or self.users or self.last_error or self.lock.locked()
+        starting = self._starting is not None and not self._starting.done()
+        return not busy and not starting and not self.backoff.remaining(self._pool.loop.time())
 
     def submit(self, waiter: Waiter) -> None:
         """Give ``waiter`` the worker, now or when there is one, or tell it why not."""
@@ -122,7 +131,11 @@ class Slot:
         async with self.lock:
             if self.worker is not None:
                 return
-            installation = self._pool.installs.find(self.plugin.name, self.org_id)
+            try:
+                installation = await self._pool.installs.load(self.plugin.name, self.org_id)
+            except StoreError as error:
+                self._fail_queue(UnavailableError(str(error)))
+                return
             if installation is None or not installation.enabled:
                 self._fail_queue(RequestError("This plugin is not installed for this organisation", status=404))
                 return
@@ -173,6 +186,7 @@ class Slot:
             if serve:
                 self.breaker.failed(pool.loop.time(), error.message)
                 self.last_error = error.message
+                pool.told(self)
                 get_logger().error(
                     "a worker did not start", plugin=self.plugin.name, org=self.org_id, reason=error.message
                 )
@@ -185,6 +199,7 @@ class Slot:
             isolation=worker.version.level.label,
             serve=serve,
             ms=worker.phases(),
+            stamps=[("asked", worker.asked), *worker.stamps],
         )
         if serve:
             self.breaker.succeeded()
@@ -200,6 +215,7 @@ class Slot:
         worker.released = lambda: self._released(worker)
         self.pump()
         self._pool.touch(worker)
+        self._pool.told(self)
 
     def _released(self, worker: Worker) -> None:
         self._pool.touch(worker)
@@ -218,11 +234,13 @@ class Slot:
         for waiter in queue:
             waiter.failed(error)
 
-    def release(self) -> Worker | None:
-        """Take the worker out of service; the caller stops it."""
+    def release(self, *, for_another: bool = False) -> Worker | None:
+        """Take the worker out of service, ``for_another`` to serve at once; the caller stops it."""
         worker, self.worker = self.worker, None
         if worker is not None:
             self._pool.lru.pop(worker, None)
+            if not for_another:
+                self._pool.told(self)
         return worker
 
     def crashed(self, worker: Worker, reason: str) -> None:
@@ -235,6 +253,7 @@ class Slot:
         self.restarts += 1
         self._pool.loop.call_later(ZYGOTE_REPORTS, self._explain, worker, told, reason)
         self.ensure_starting()
+        self._pool.told(self)
 
     def _explain(self, worker: Worker, told: str, reason: str) -> None:
         """Log a crash once its zygote has had the time to say how it ended."""
@@ -255,8 +274,14 @@ class Slot:
         With ``carry`` the new one gets the old one's ``state``. If it does not start, the old one goes on: ``False``.
         """
         old = self.worker
-        installation = self._pool.installs.find(self.plugin.name, self.org_id)
-        if old is None or installation is None or self._closed:
+        if old is None or self._closed:
+            return True
+        try:
+            installation = await self._pool.installs.load(self.plugin.name, self.org_id)
+        except StoreError as error:
+            self._not_replaced(str(error))
+            return False
+        if installation is None or self.worker is not old:
             return True
         serving = old
         release: asyncio.TimerHandle | None = None
@@ -275,9 +300,7 @@ class Slot:
         try:
             worker = await self.launch(installation, version=version, carry=state if carry else None)
         except RequestError as error:
-            get_logger().error(
-                "a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=error.message
-            )
+            self._not_replaced(error.message)
             return False
         finally:
             if release is not None:
@@ -285,11 +308,14 @@ class Slot:
             if worker is None:
                 self._let_go()
         self._held = False
-        old = self.release() or old
+        old = self.release(for_another=True) or old
         self.adopt(worker)
         get_logger().debug("worker replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
         self._pool.spawn(self._pool.retire(old))
         return True
+
+    def _not_replaced(self, reason: str) -> None:
+        get_logger().error("a worker was not replaced", plugin=self.plugin.name, org=self.org_id, reason=reason)
 
     async def update(self) -> None:
         """Have the worker, if there is one, replaced by one of the version that serves."""

@@ -86,6 +86,7 @@ def spec_of(manifest: Manifest, plan: Plan, *, hook_timeout: float, instrument: 
         version=manifest.version,
         capabilities=manifest.capabilities,
         env=manifest.env,
+        subprocess=tuple(manifest.permissions.subprocess),
         hook_timeout=hook_timeout,
         instrument=instrument,
         plan=plan,

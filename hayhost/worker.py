@@ -19,6 +19,7 @@ from .installs import Installation
 from .isolation import Isolation, Quarters
 from .logs import PluginLog
 from .processes import Process, Zygote
+from .sessions import began, end_session
 from .states import Lifecycle, WorkerState
 from .version import Version
 
@@ -67,10 +68,13 @@ class Worker:
         self.quarters = quarters
         self._isolation = isolation
         self._pid_inside = 0
+        self._began = 0
         self._containing: asyncio.Task[str] | None = None
         self.version = version
         self.zygote = zygote
         """Where it comes from: its version's zygote or, if that must not fork, one of its own that turns into it."""
+        self.installation: Installation | None = None
+        """What it was started with, once it has an org."""
         self.lifecycle = Lifecycle(WorkerState.STOPPED)
         self.lifecycle.to(WorkerState.STARTING)
         self.asked = time.monotonic_ns()
@@ -79,7 +83,11 @@ class Worker:
         self.hook_times: dict[str, tuple[int, int]] = {}
         self.requests = 0
         self.used = loop.time()
-        self.mcp_servers: list[str] = []
+        self.mcp_servers: list[wire.McpServer] = []
+        self.mcp_changed: Callable[[], None] = lambda: None
+        """Called when ``mcp_servers`` is another."""
+        self.mcp_noticed: Callable[[wire.McpNotice], None] = lambda notice: None
+        """Called with what one of them says to all its clients."""
         self.streams: dict[int, Stream] = {}
         self.cancelled: dict[int, float] = {}
         """Streams that nobody waits for but whose handlers still run, with the time since."""
@@ -131,6 +139,7 @@ class Worker:
             wire.Ready: self._on_ready,
             wire.HookDone: self._on_hook_done,
             wire.McpServers: self._on_mcp_servers,
+            wire.McpNotice: lambda m: self.mcp_noticed(m),
             wire.State: self._on_state,
             wire.Failed: lambda m: self._end(m.error),
         }
@@ -156,6 +165,7 @@ class Worker:
         self.stamps = list(message.stamps)
         self._log.bind(worker=pid)
         plan = self.zygote.spec.plan
+        self._began = began(pid)
         self._pid_inside = pid_inside(pid) if "namespaces" in plan.layers else pid
         threads = 1 if self.zygote is self.version.zygote else self.zygote.threads
         if problem := self._isolation.admit(pid, plan, self._descriptors, threads):
@@ -184,6 +194,7 @@ class Worker:
         """
         encode = msgspec.json.encode
         self._log.bind(org=installation.org_id)
+        self.installation = installation
         identity = wire.Start(
             installation.org_id,
             installation.org_name,
@@ -239,6 +250,8 @@ class Worker:
         if self._process:
             self._process.kill()
             self._process.close()
+            if self.zygote.spec.subprocess:
+                self._loop.run_in_executor(None, end_session, self._process.pid, self._began)
         if reason.startswith("protocol error: "):
             self._cause = self._cause or reason
         reason = self._cause or reason or self.how_it_ended() or "it died"
@@ -319,6 +332,20 @@ class Worker:
             except TimeoutError:
                 pass
 
+    def memory(self) -> dict[str, int | None]:
+        """Resident and proportional set size in bytes, as ``rss`` and ``pss``; ``None`` where the kernel does not
+        say."""
+        sizes: dict[str, int | None] = {"rss": None, "pss": None}
+        try:
+            with open(f"/proc/{self.pid}/smaps_rollup", "rb") as file:
+                for line in file:
+                    key = line.partition(b":")[0].decode().lower()
+                    if key in sizes:
+                        sizes[key] = int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        return sizes
+
     def phases(self) -> dict[str, float]:
         """Milliseconds that each phase of its start took; a spare's ``identity`` includes the wait for an org."""
         before, phases = self.asked, {}
@@ -335,7 +362,7 @@ class Worker:
         id = self._ids
         self.streams[id] = stream
         self.requests += 1
-        self._channel.send(request(id))
+        self._channel.send(request(id), now=len(self.streams) == 1)
         return id
 
     def send(self, message: wire.Body | wire.Window) -> None:
@@ -466,7 +493,8 @@ class Worker:
             future.set_result(message)
 
     def _on_mcp_servers(self, message: wire.McpServers) -> None:
-        self.mcp_servers = message.local
+        self.mcp_servers = message.servers
+        self.mcp_changed()
 
     def _on_pong(self, message: wire.Pong) -> None:
         if message.id != self._ping:  # a number to be read first: nobody answers what it has not heard

@@ -5,6 +5,7 @@ import contextvars
 import inspect
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +16,7 @@ from . import wire
 from .answers import Answer, error_answer, render, stream_type
 from .capture import request_id
 from .link import Link
-from .mcp import McpRuntime, NoSuchToolError, ToolFailedError
+from .mcp import McpError, McpRuntime, NoSuchToolError, ToolFailedError, encode
 
 __all__ = ["END", "Caller", "Dispatcher", "Handler", "item_bytes"]
 
@@ -23,6 +24,7 @@ Handler = Callable[[Request], Any]
 
 # Sync handlers that run at once; more wait. Enough for handlers that block on a network, few enough for memory.
 _THREADS: Final = 32
+_LINES: Final = [("content-type", "application/x-ndjson")]
 END: Final = object()
 """What ``Caller.next`` gives after the last item."""
 
@@ -32,7 +34,10 @@ class Caller:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="handler")
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:  # not before it is needed: many plugins are async all through
+        return ThreadPoolExecutor(_THREADS, thread_name_prefix="handler")
 
     async def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The function's result. A thread goes on when its caller is cancelled: see ``thread_jobs``."""
@@ -186,7 +191,7 @@ class Dispatcher:
 
     def _end(self, id: int, final: wire.Message) -> None:
         if self._exchanges.pop(id, None) is not None:
-            self._link.send(final)
+            self._link.send(final, now=not self._exchanges)
 
     async def _produce(self, exchange: _Exchange) -> Answer:
         message = exchange.request
@@ -195,6 +200,8 @@ class Dispatcher:
                 return render({"tools": await self._mcp.list_tools()})
             if message.route == wire.CALL_TOOL:
                 return await self._call_tool(b"".join(exchange.body))
+            if message.route == wire.MCP:
+                return Answer(200, _LINES, self._mcp.answer(b"".join(exchange.body)))
             request = Request(
                 method=message.method,
                 path=message.path,
@@ -226,10 +233,10 @@ class Dispatcher:
             self._failed(f"MCP tool {name!r} failed", error.__cause__ or error)
             return error_answer(500, f"Tool execution failed: {error}")
         try:
-            return Answer(200, [("content-type", "application/json")], msgspec.json.encode(result))
-        except (TypeError, ValueError, RecursionError, OverflowError) as error:
-            self._failed(f"MCP tool {name!r} returned something that is not JSON", error)
-            return error_answer(500, f"Tool execution failed: the result is not JSON: {error}")
+            return Answer(200, [("content-type", "application/json")], encode(result))
+        except McpError as error:
+            self._failed(f"MCP tool {name!r} returned something that cannot be passed on", error)
+            return error_answer(500, f"Tool execution failed: {error}")
 
     async def _whole(self, exchange: _Exchange, status: int, headers: Any, body: bytes) -> wire.Message:
         id = exchange.request.id

@@ -52,8 +52,8 @@ def _keep(sock: socket.socket, scratches: namespaces.Scratches) -> NoReturn:
         for descriptor, _ in poll.poll():
             if descriptor == wake:
                 os.read(wake, 4096)
-                for _ in processes.reap():
-                    pass
+                for pid, status in processes.reap():
+                    _send(sock, wire.ChildExited(pid, status))
                 continue
             data = processes.receive(sock, 1 << 16, [])
             if not data:

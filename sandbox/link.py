@@ -12,7 +12,8 @@ __all__ = ["Link"]
 
 # While the front does not read, records beyond this many waiting bytes are dropped rather than kept.
 _LOG_BACKLOG = 256 << 10
-_READ = 256 << 10
+# Not more, or each read maps and unmaps memory of its own.
+_READ = 64 << 10
 
 
 class Link:
@@ -48,12 +49,17 @@ class Link:
 
         self._loop.add_reader(self._sock, readable)
 
-    def send(self, message: wire.Message) -> None:
-        """Queue a frame; all frames of one turn of the loop leave in one write. On the loop's thread only."""
+    def send(self, message: wire.Message, *, now: bool = False) -> None:
+        """Queue a frame; all frames of one turn of the loop leave in one write. On the loop's thread only.
+
+        ``now``, if it is likely to be the only one, saves a turn.
+        """
         frame = wire.encode(message)
         with self._lock:
             self._out.append(frame)
-        if not self._flushing:
+        if now and not self._writer_added:
+            self.flush()
+        elif not self._flushing:
             self._flushing = True
             self._loop.call_soon(self.flush)
 

@@ -113,6 +113,7 @@ def preload() -> None:
     from . import network, worker  # noqa: F401
 
     logging.raiseExceptions = False
+    wire.Decoder(wire.ToWorker)
     asyncio.new_event_loop().close()  # warms what the first loop of a process imports
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 
 from multiprocess import process as multiprocess_process
@@ -36,14 +37,27 @@ def set_child_subreaper() -> None:
     kernel.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+class _Child(ForkProcess):  # type: ignore[misc]  # multiprocess has no types
+    def _bootstrap(self, parent_sentinel: int) -> int:
+        # In place of what prepares a child for pools, queues and a tidy exit, which writes half a megabyte of pages
+        # that would else be shared. Ours end with _exit; what is left is an exit code for an exception.
+        os.close(parent_sentinel)
+        try:
+            self.run()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            return 1
+        return 0
+
+
 def fork(run: Callable[..., None], *args: object) -> int:
     """Run ``run(*args)`` in a forked child and return its pid. Raises ``OSError`` if the kernel refuses.
 
-    ``multiprocess`` does the fork: standard streams flushed, after-fork hooks called, an exit code for an exception.
-    Its registry of children and its sentinel pipes are given up at once: the registry is polled child by child at
-    every start, and two pipes per worker would be inherited by all later ones. Exits are seen with ``reap``.
+    ``multiprocess`` does the fork, with the standard streams flushed. Its registry of children and its sentinel pipes
+    are given up at once: the registry is polled child by child at every start, and two pipes per worker would be
+    inherited by all later ones. Exits are seen with ``reap``.
     """
-    child = ForkProcess(target=run, args=args)
+    child = _Child(target=run, args=args)
     child.start()
     multiprocess_process._children.discard(child)
     child._popen.close()

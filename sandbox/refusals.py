@@ -7,15 +7,17 @@ everything else ``hint`` finds words for the log.
 import _posixsubprocess
 import errno
 import functools
+import logging
 import os
+import posix
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from .confinement import Plan
 
-__all__ = ["hint", "install"]
+__all__ = ["hint", "install", "refuse_forks"]
 
 _PROGRAMS: Final = 'a plugin may start programs only if its manifest asks for it: permissions.subprocess = ["git"]'
 _LISTED: Final = "a plugin may start only the programs that its manifest lists in permissions.subprocess"
@@ -28,17 +30,20 @@ _LOADING: Final = (
 _CHAIN: Final = 8
 _OTHERS: Final = "the plugin runs as a user of its own, and other users may not read this file: chmod o+r"
 _SYNCHRONIZE: Final = "/multiprocessing/synchronize.py"
-_SPAWNERS: Final = ("execv", "execve", "fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen")
+_NOT_STARTED: Final = (126, 127)
+_SPAWNERS: Final = ("execv", "execve", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen")
 
 
 def install(plan: Plan) -> None:
-    """Have functions of Python put up with what is refused, or say why. In the worker, where nothing of ours forks."""
+    """Have functions of Python put up with what is refused, or say why. In the zygote, for its workers as well."""
     if "seccomp" not in plan.layers:
         return
     if "namespaces" not in plan.layers:
         for name in ("chmod", "utime"):
             _tolerate(name, tuple(f"{os.path.realpath(folder)}/" for folder in (plan.scratch, *plan.writable)))
-    if not plan.programs:
+    if plan.programs:
+        _explain_system()
+    else:
         _refuse_programs()
 
 
@@ -67,20 +72,45 @@ def _tolerate(name: str, folders: tuple[str, ...]) -> None:
     setattr(os, name, tolerant)
 
 
+def refuse_forks(plan: Plan) -> None:
+    """The same for ``os.fork``, in the worker, where nothing of ours forks."""
+    if "seccomp" in plan.layers and not plan.programs:
+        _replace("fork")
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise PermissionError(errno.EPERM, _PROGRAMS)
+
+
 def _refuse_programs() -> None:
-
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise PermissionError(errno.EPERM, _PROGRAMS)
-
-    modules: Sequence[tuple[str, Sequence[str]]] = (("os", _SPAWNERS), ("posix", _SPAWNERS))
-    for module, names in modules:
-        for name in names:
-            if hasattr(sys.modules[module], name):
-                setattr(sys.modules[module], name, refuse)
-    spawn: Callable[..., Any] = refuse
+    _replace(*_SPAWNERS)
+    spawn: Callable[..., Any] = _refuse
     _posixsubprocess.fork_exec = spawn
     if "subprocess" in sys.modules:
         sys.modules["subprocess"]._fork_exec = spawn  # type: ignore[attr-defined]  # its own name for the same
+
+
+def _explain_system() -> None:
+    """Have ``os.system`` log why a program did not start: there is only the shell's exit code to tell it by."""
+    original = os.system
+
+    @functools.wraps(original)
+    def system(command: Any) -> int:
+        status = original(command)
+        if status >= 0 and os.waitstatus_to_exitcode(status) in _NOT_STARTED:
+            logging.getLogger("os.system").warning(
+                "%.200r did not start: %s; os.system needs sh there, too", command, _LISTED
+            )
+        return status
+
+    os.system = system
+
+
+def _replace(*names: str) -> None:
+    for module in (os, posix):
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, _refuse)
 
 
 def hint(error: BaseException, plan: Plan, *, loading: bool = False) -> str:

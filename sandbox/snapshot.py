@@ -10,13 +10,13 @@ import importlib.util
 import linecache
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.abc import MetaPathFinder, PathEntryFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, Final
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "installed_sources"]
 
 # Source beyond this is no plugin's own; it is imported from the disk.
 _MAX_BYTES: Final = 64 << 20
@@ -90,6 +90,13 @@ class Snapshot:
         if self.instrument:
             return _instrumented()(self, name, path)
         return _Loader(self, name, path)
+
+
+def installed_sources() -> Iterable[bytes]:
+    """The Python source of the plugin that this process has loaded."""
+    return [
+        source for finder in sys.meta_path if isinstance(finder, _Late) for source in finder._snapshot.sources.values()
+    ]
 
 
 def _stamp(path: str) -> tuple[int, int, int]:

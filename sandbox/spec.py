@@ -18,6 +18,8 @@ class PluginSpec:
     version: str
     capabilities: tuple[str, ...]
     env: tuple[str, ...]
+    subprocess: tuple[str, ...]
+    """The commands that the manifest lets stdio MCP servers run."""
     hook_timeout: float
     instrument: bool = False
     plan: Plan = UNCONFINED

@@ -49,6 +49,7 @@ def read_manifest(folder: Path, timeout: float) -> PluginSpec:
         version=str(identity.get("version", "")),
         capabilities=tuple(manifest.get("capabilities", ())),
         env=tuple(manifest.get("env", ())),
+        subprocess=tuple(manifest.get("permissions", {}).get("subprocess", ())),
         hook_timeout=timeout,
     )
 

@@ -57,6 +57,7 @@ from hayhost.sdk._checks import check
 from hayhost.sdk._registry import RESERVED_PATHS, Registry
 from hayhost.sdk.logger import Level
 
+from . import wire
 from .answers import Answer, error_answer, render, stream_type
 from .dispatch import END, Caller, Handler, item_bytes
 from .loader import LoadedPlugin, author_traceback, find_plugin, import_entry
@@ -198,9 +199,11 @@ class PluginHarness:
 
     def metadata(self) -> dict[str, Any]:
         """The answer to ``GET /metadata``, as decoded JSON."""
-        local = [{"id": id} for id in self._worker.servers] if self._worker else []
+        servers = [server for server in self._worker.servers if server.state == "running"] if self._worker else []
+        local = [{"id": server.id} for server in servers if server.kind != "external"]
+        external = [{"id": server.id, "url": server.url} for server in servers if server.kind == "external"]
         static = self._use().plugin.registry.metadata()
-        metadata: dict[str, Any] = _plain({**static, "mcp": {"local": local, "external": []}})
+        metadata: dict[str, Any] = _plain({**static, "mcp": {"local": local, "external": external}})
         return metadata
 
     # The life of an org's worker
@@ -333,17 +336,19 @@ class PluginHarness:
 
     async def _start(self) -> None:
         loaded = self._use()
-        servers: list[str] = []
+        servers: list[wire.McpServer] = []
 
-        def changed(ids: list[str]) -> None:
-            servers[:] = ids
+        def changed(now: list[wire.McpServer]) -> None:
+            servers[:] = now
 
         config, auth = self._org_config(self._config), AuthReader(self._auth)
         mcp = McpRuntime(
+            self.spec,
             McpInitContext(config, auth, self._logger),
             loaded.call,
             lambda call: loaded.plugin.registry.need("mcp", call),
             changed,
+            lambda notice: None,
             self._failed,
         )
         context = HayStartContext(self.org, config, auth, Mcp(mcp), {}, self._logger)
@@ -420,7 +425,7 @@ class _Loaded(NamedTuple):
 class _Worker(NamedTuple):
     context: HayStartContext
     mcp: McpRuntime
-    servers: list[str]
+    servers: list[wire.McpServer]
 
 
 async def _initialize(hook: Callable[[Any], Any], ctx: HayGlobalContext) -> None:

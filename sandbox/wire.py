@@ -7,6 +7,7 @@ over raises ``ProtocolError``, after which the connection is of no further use. 
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 __all__ = [
     "CHUNK",
     "MAX_FRAME",
+    "MAX_MCP_SERVERS",
     "MAX_STATE",
     "VERSION",
     "WINDOW",
@@ -34,6 +36,8 @@ __all__ = [
     "LoadFailed",
     "Loaded",
     "Log",
+    "McpNotice",
+    "McpServer",
     "McpServers",
     "Message",
     "Ping",
@@ -251,10 +255,35 @@ class HookDone(Message, tag=14):
     ended: Nanoseconds
 
 
-class McpServers(Message, tag=15):
-    """The ids of the MCP servers that run now."""
+class McpServer(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One MCP server of a worker. ``info`` is untrusted JSON, empty until it is known: an object with
+    ``protocolVersions``, ``capabilities``, ``serverInfo`` and perhaps ``instructions``. ``changes`` grows whenever one
+    of its lists is another."""
 
-    local: Annotated[list[ShortText], msgspec.Meta(max_length=100)]
+    id: Annotated[str, msgspec.Meta(max_length=128)]
+    kind: Literal["local", "stdio", "external"]
+    url: Annotated[str, msgspec.Meta(max_length=1_000)] = ""
+    state: Literal["starting", "running", "restarting", "failed"] = "running"
+    error: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    info: Annotated[bytes, msgspec.Meta(max_length=16 << 10)] = b""
+    changes: StreamId = 0
+
+
+MAX_MCP_SERVERS: Final = 32
+"""In one worker: all of them fit into one frame."""
+
+
+class McpServers(Message, tag=15):
+    """The MCP servers that there are now."""
+
+    servers: Annotated[list[McpServer], msgspec.Meta(max_length=MAX_MCP_SERVERS)]
+
+
+class McpNotice(Message, tag=30):
+    """What an MCP server says to its clients apart from any request: a JSON-RPC notification, as untrusted JSON."""
+
+    server: Annotated[str, msgspec.Meta(max_length=128)]
+    notification: Annotated[bytes, msgspec.Meta(max_length=64 << 10)]
 
 
 # ---- front -> worker
@@ -283,7 +312,7 @@ class Start(Message, tag=16):
 
 class Request(Message, tag=17):
     """Begin (and, with ``end``, complete) a request. ``route`` is an index into the registered routes, or negative
-    for the runtime's own: see ``LIST_TOOLS`` and ``CALL_TOOL``."""
+    for the runtime's own: see ``LIST_TOOLS``, ``CALL_TOOL`` and ``MCP``."""
 
     id: StreamId
     route: int
@@ -299,6 +328,11 @@ class Request(Message, tag=17):
 
 LIST_TOOLS: Final = -1
 CALL_TOOL: Final = -2
+MCP: Final = -3
+"""A request to one MCP server. Its body is the JSON object ``{"server": id, "method", "params", "progressToken"?}``.
+The answer is streamed, a JSON object per line: notifications and requests of the server, the latter with an ``id``, and
+at the end one ``{"result": {...}}`` or ``{"error": {"code", "message", "data"?}}``. A server's request is answered by
+another request of this kind, ``{"server": id, "reply": id, "result" or "error"}``."""
 
 
 class Cancel(Message, tag=18):
@@ -345,10 +379,24 @@ MAX_STATE: Final = 16 << 20
 ToNursery = SpawnZygote | Probe
 FromNursery = Hello | ChildExited | Probed
 ToKeeper = MakeScratch | DropScratch
-FromKeeper = Hello | ScratchMade
+FromKeeper = Hello | ScratchMade | ChildExited
 ToZygote = Fork | Admitted
 FromZygote = Hello | Loaded | LoadFailed | Log | ChildExited
-FromWorker = Hello | Failed | Ready | ResponseHead | Body | Abort | Window | Pong | Log | HookDone | McpServers | State
+FromWorker = (
+    Hello
+    | Failed
+    | Ready
+    | ResponseHead
+    | Body
+    | Abort
+    | Window
+    | Pong
+    | Log
+    | HookDone
+    | McpServers
+    | McpNotice
+    | State
+)
 ToWorker = Admitted | Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State
 
 M = TypeVar("M", bound=Message)
@@ -367,11 +415,17 @@ def encode(message: Message) -> bytes:
     return bytes(frame)
 
 
+@cache
+def _decoder(messages: Any) -> "msgspec.msgpack.Decoder[Any]":
+    """One for each union: a forked process uses the one that is there, and writes no pages to make its own."""
+    return msgspec.msgpack.Decoder(messages)
+
+
 class Decoder(Generic[M]):
     """Turns bytes into messages of the given union. Holds at most one incomplete frame."""
 
     def __init__(self, messages: Any) -> None:
-        self._decode = msgspec.msgpack.Decoder(messages).decode
+        self._decode = _decoder(messages).decode
         self._buffer = bytearray()
         self._failed = False
 
@@ -379,9 +433,13 @@ class Decoder(Generic[M]):
         """Yield the messages that ``data`` completes. Raises ``ProtocolError``, and again on every later call."""
         if self._failed:
             raise ProtocolError("the connection failed before")
-        buffer = self._buffer
-        buffer += data
+        rest = self._buffer
+        buffer: bytes | bytearray = data  # mostly whole frames, which are decoded where they are
+        if rest:
+            rest += data
+            buffer = rest
         start, have = 0, len(buffer)
+        view = memoryview(buffer)
         try:
             while have - start >= _LENGTH:
                 body = start + _LENGTH
@@ -392,7 +450,7 @@ class Decoder(Generic[M]):
                     break
                 start = body + size
                 try:
-                    message = self._decode(memoryview(buffer)[body:start])
+                    message = self._decode(view[body:start])
                 except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                     raise ProtocolError(f"not a valid frame: {error}") from None
                 yield message
@@ -400,7 +458,11 @@ class Decoder(Generic[M]):
             self._failed = True
             raise
         finally:
-            del buffer[:start]
+            view.release()
+            if buffer is rest:
+                del rest[:start]
+            else:
+                rest += data[start:]
 
     @property
     def pending(self) -> int:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import thread as thread_pools
 from typing import Any, Final, NoReturn
 
 import dill
@@ -53,27 +54,33 @@ _Then = Callable[[], Awaitable[None]] | None
 
 
 def run(
-    plugin: LoadedPlugin, capture: Capture, scratch: str, descriptor: int, output: int, broker: int = -1
+    plugin: LoadedPlugin,
+    capture: Capture,
+    prepared: confinement.Prepared | None,
+    scratch: str,
+    descriptor: int,
+    output: int,
+    broker: int = -1,
 ) -> NoReturn:
     """Be a worker; the body of a forked process.
 
-    ``descriptor`` is its socket, ``output`` where raw output goes, ``broker`` its socket to the egress broker if it may
-    connect to anything, ``scratch`` the folder that it may write to.
+    ``prepared`` is its confinement if that could be made ready before, ``scratch`` the folder that it may write to,
+    ``descriptor`` its socket, ``output`` where raw output goes, ``broker`` its socket to the egress broker if it may
+    connect to anything.
     """
     stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
     _detach(output)
     sock = socket.socket(fileno=descriptor)
     try:
-        confinement.after_fork(plugin.spec.plan, {descriptor, broker}, scratch)
+        prepared = prepared or confinement.Prepared(plugin.spec.plan)
+        confinement.after_fork(prepared, {descriptor, broker}, scratch)
     except OSError as error:
         sock.sendall(wire.encode(wire.Failed(f"it cannot be isolated: {error}")))
         os._exit(1)
-    refusals.install(plugin.spec.plan)
-    if plugin.spec.plan.layers:
-        network.use(broker if broker >= 0 else None)
     stamps.append(("confined", time.monotonic_ns()))
     sock.sendall(wire.encode(wire.Hello(wire.VERSION, stamps)))
-    select.select([sock], [], [])  # until the front has looked at this process, nothing is opened
+    _settle(plugin.spec.plan, scratch, broker)  # while the front looks at this process; nothing is opened until it has
+    select.select([sock], [], [])
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     link = Link(sock, loop)
@@ -99,6 +106,9 @@ def _detach(output: int) -> None:
         os.setsid()  # a group of its own, so that what it starts can be ended with it
     except PermissionError:
         pass  # a zygote that turned into the worker leads a session already
+
+
+def _settle(plan: confinement.Plan, scratch: str, broker: int) -> None:
     processes.set_child_subreaper()  # what it starts stays below it, however it is started
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -106,6 +116,15 @@ def _detach(output: int) -> None:
         sys.modules["numpy.random"].seed()
     threading.stack_size(_STACK)
     gc.enable()
+    # Without it what is forked in a handler waits at its end for the pool's threads, of which it is one: exit code 1.
+    os.register_at_fork(after_in_child=thread_pools._threads_queues.clear)  # type: ignore[attr-defined]
+    if scratch:
+        os.environ["HOME"] = os.environ["TMPDIR"] = scratch
+        if "tempfile" in sys.modules:
+            vars(sys.modules["tempfile"])["tempdir"] = None  # it may have looked in the zygote's environment
+    refusals.refuse_forks(plan)
+    if plan.layers:
+        network.use(broker if broker >= 0 else None)
 
 
 class _Worker:
@@ -161,10 +180,12 @@ class _Worker:
         init = McpInitContext(self._config, self._auth, self._logger)
         registry = self._plugin.registry
         self._mcp = McpRuntime(
+            self._plugin.spec,
             init,
             self._call,
             lambda call: registry.need("mcp", call),
-            lambda ids: self._link.send(wire.McpServers(ids)),
+            lambda servers: self._link.send(wire.McpServers(servers)),
+            self._link.send,
             self._failed,
         )
         self._load_state()

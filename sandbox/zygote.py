@@ -4,6 +4,7 @@ It confines itself, imports the plugin, runs ``on_initialize``, reports what was
 worker for each socket that the front sends it. No event loop and no thread of ours ever runs here.
 """
 
+import functools
 import gc
 import os
 import select
@@ -21,8 +22,11 @@ from hayhost.sdk.errors import PluginError, RegistrationError
 
 from . import confinement, network, processes, refusals, wire
 from .capture import Capture
+from .confinement import Plan
 from .keeper import split
 from .loader import LoadedPlugin, author_traceback, describe, load
+from .mcp.prewarm import prewarm, uses_package
+from .snapshot import installed_sources
 from .spec import PluginSpec
 
 __all__ = ["run"]
@@ -63,6 +67,7 @@ def run(pickled: bytes, control: int, output: int, keeper: int) -> None:
         os._exit(1)
     if spec.plan.layers:
         network.install()
+        refusals.install(spec.plan)
     stamps("confined")
     zygote = _Zygote(sock)
     zygote.send(wire.Hello(wire.VERSION, stamps.all))
@@ -92,6 +97,7 @@ class _Zygote:
         self._sock = sock
         self._children: set[int] = set()
         self._sweep_at: float | None = None
+        self._prepared: confinement.Prepared | None = None
         self.capture = Capture(self.send)
 
     def send(self, message: wire.Message) -> None:
@@ -112,6 +118,12 @@ class _Zygote:
         try:
             os.chdir(spec.folder)  # an author's relative paths mean the plugin's own files
             plugin = load(spec, Logger(self.capture.log), stamps)
+            if "mcp" in spec.capabilities and uses_package(installed_sources()):
+                try:
+                    prewarm()
+                except ImportError as error:
+                    plugin.registry.warnings.append(f"the mcp package (2.x) cannot be used: {error}")
+                stamps("mcp")
             metadata = msgspec.json.encode(plugin.registry.metadata())
             if len(metadata) > _MAX_METADATA:
                 size = f"the plugin's metadata is {len(metadata)} bytes"
@@ -133,6 +145,7 @@ class _Zygote:
     def serve(self, plugin: LoadedPlugin) -> None:
         """Fork workers until the front closes the socket."""
         wake = processes.wake_on_child()
+        self._prepare(plugin.spec.plan)
         self._children = set(processes.children())  # what the plugin itself has started
         decoder: wire.Decoder[wire.ToZygote] = wire.Decoder(wire.ToZygote)
         descriptors: list[int] = []
@@ -176,15 +189,26 @@ class _Zygote:
     def _fork(self, plugin: LoadedPlugin, message: wire.Fork, descriptors: list[int]) -> None:
         from .worker import run as run_worker
 
+        run = functools.partial(run_worker, plugin, self.capture, self._prepared, message.scratch, *descriptors)
         if message.become:
-            run_worker(plugin, self.capture, message.scratch, *descriptors)
+            run()
         try:
-            self._children.add(processes.fork(run_worker, plugin, self.capture, message.scratch, *descriptors))
+            self._children.add(processes.fork(run))
         except OSError as error:
             with socket.socket(fileno=os.dup(descriptors[0])) as sock:
                 sock.sendall(wire.encode(wire.Failed(f"cannot fork a worker: {error.strerror}")))
         for descriptor in descriptors:
             os.close(descriptor)
+        self._prepare(plugin.spec.plan)
+
+    def _prepare(self, plan: Plan) -> None:
+        """Make the next worker's confinement ready, while nobody waits for it."""
+        if self._prepared is not None:
+            self._prepared.close()
+        try:
+            self._prepared = confinement.Prepared(plan)
+        except OSError:
+            self._prepared = None  # the worker tries again, and says why
 
 
 def _failure(error: BaseException, spec: PluginSpec) -> wire.LoadFailed:

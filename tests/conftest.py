@@ -99,8 +99,11 @@ class HostProcess:
         if writable is not None:  # where plugins leave word of what they did, whichever user they are
             writable.chmod(0o777)
             environment["HAYHOST_WRITABLE"] = str(writable)
+        self.folder = tempfile.TemporaryDirectory()
+        """Where it runs, and keeps its store unless it is told otherwise."""
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-P", "-m", "hayhost", *arguments],
+            cwd=self.folder.name,
             env={**environment, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log_file,
@@ -197,6 +200,23 @@ class HostProcess:
         self.process.wait()
         with contextlib.suppress(OSError):
             self.log_file.close()
+        self.folder.cleanup()
+
+
+def seen_of(pid: int, name: str) -> bytes:
+    """What /proc says of a process; nothing of the front's memory, unless we are root: nobody else may look there."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except PermissionError:
+        return b""
+
+
+def descriptors_of(pid: int) -> int:
+    """How many descriptors a process has open; 0 of the front, unless we are root: nobody else may count them."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except PermissionError:
+        return 0
 
 
 def _stat(pid: int) -> list[bytes]:

@@ -1,10 +1,15 @@
 """Hosts that a whole test module shares, and plugins with routes by decorator."""
 
+import asyncio
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
+
+from hayhost.installs import Auth
+from hayhost.store import Keyring, Store
 
 from .conftest import HostProcess, wait_until
 
@@ -43,11 +48,11 @@ class Plugin:
 def hosting(
     folder: Path, *options: object, env: dict[str, str] | None = None, writable: bool = True
 ) -> Iterator[HostProcess]:
-    """A ready ``hayhost serve`` on ``folder`` with ``options``, in test mode unless they name a file of orgs.
+    """A ready ``hayhost serve`` on ``folder`` with ``options``, in test mode unless they name a store.
 
     Plugins may write to ``folder`` if it is ``writable``.
     """
-    mode = () if "--orgs" in options else ("--mode", "test")
+    mode = () if "--store" in options else ("--mode", "test")
     arguments = ["serve", folder, *mode, "--port", "0", "--log-format", "json", *options]
     host = HostProcess([str(argument) for argument in arguments], env, writable=folder if writable else None)
     try:
@@ -56,24 +61,23 @@ def hosting(
         host.kill()
 
 
-def write_orgs(file: Path, orgs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
-    """A file for ``--orgs``: org id -> plugin -> ``config``, ``auth``, ``enabled``, ``name`` of the org."""
-    lines = []
-    for org, plugins in orgs.items():
-        for plugin, install in plugins.items():
-            lines.append(f"[orgs.{org}.plugins.{plugin}]")
-            lines += [f"{key} = {_toml(value)}" for key, value in install.items()]
-    file.write_text("\n".join(lines) + "\n")
-    file.chmod(0o600)
+def stored(
+    file: Path, orgs: Mapping[str, Mapping[str, Mapping[str, Any]]], environ: Mapping[str, str] | None = None
+) -> Path:
+    """A file for ``--store``: org id -> plugin -> ``config``, ``auth``, ``enabled``, unchecked."""
+
+    async def fill() -> None:
+        async with Store(str(file), Keyring.load(file.with_suffix(".key"), environ or {})) as store:
+            for org, plugins in orgs.items():
+                await store.orgs.create(org, actor="test")
+                for plugin, install in plugins.items():
+                    auth = msgspec.convert(install.get("auth"), Auth | None)
+                    config, enabled = install.get("config", {}), install.get("enabled", True)
+                    change = {"config": config, "auth": auth, "enabled": enabled}
+                    await store.installations.put(plugin, org, if_revision=0, actor="test", **change)
+
+    asyncio.run(fill())
     return file
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value)
 
 
 def logged(host: HostProcess, /, *, count: int = 1, **fields: Any) -> list[dict[str, Any]]:

@@ -182,7 +182,8 @@ class Bench:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         server = f"127.0.0.1:{network.names.port}" if nameserver else ""
-        self.egress: Egress = self.call(lambda: Egress(allow=allow, nameserver=server, lost=self.lost.append))
+        self.egress: Egress = self.call(lambda: Egress(allow=allow, nameserver=server))
+        self.egress.lost = self.lost.append
         self.wait(self.egress.start())
 
     def call(self, function: Callable[[], Any]) -> Any:

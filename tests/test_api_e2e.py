@@ -27,7 +27,7 @@ def test_plugins_are_listed_with_what_serves_and_how_loads_went(lab: Lab) -> Non
     assert lab.version("listed") == 1
     answer = lab.host.get("/api/v1/plugins")
     assert answer.status == 200
-    (shown,) = [plugin for plugin in answer.json()["plugins"] if plugin["name"] == "listed"]
+    (shown,) = [plugin for plugin in answer.json()["items"] if plugin["name"] == "listed"]
     assert shown == lab.show("listed")
     assert (shown["state"], shown["error"], shown["previous"], shown["workers"]) == ("ready", None, None, 1)
     assert shown["current"]["version"] == "1.2.3"

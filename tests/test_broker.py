@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from sandbox import wire
 from sandbox.broker import addresses, limits, messages, names
 from sandbox.broker.addresses import Policy
 from sandbox.broker.names import Rules, normalise
+from sandbox.broker.resolver import Resolver, Share
 
 from .conftest import wait_until
 from .networking import Bench, answer, bench, dial
@@ -360,6 +362,29 @@ def test_one_orgs_hanging_names_keep_no_other_org_waiting(made: Bench) -> None:
         assert time.monotonic() - begun < 4
         for reply in replies:
             reply.close()
+
+
+def test_many_orgs_with_hanging_names_keep_no_other_org_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def look_up(name: str, *_: Any, **__: Any) -> list[Any]:
+        if name == "hangs.test":
+            may_end.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("192.0.2.1", 0))]
+
+    async def ask() -> None:
+        resolver = Resolver()
+        greedy = [Share() for _ in range(100)]
+        hanging = [asyncio.create_task(resolver.addresses("hangs.test", share)) for share in greedy for _ in range(4)]
+        await asyncio.sleep(0)
+        assert await resolver.addresses("api.test", Share()) == [bytes((192, 0, 2, 1))]
+        assert not any(task.done() for task in hanging)
+        may_end.set()
+        assert all(len(found) == 1 for found in await asyncio.gather(*hanging))
+        assert [share.running for share in greedy] == [0] * 100
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    asyncio.run(ask())
 
 
 def test_an_org_makes_no_more_than_so_many_connections_a_minute(made: Bench) -> None:

@@ -413,7 +413,7 @@ class Forker:
     """Stands in for the zygote, and gives the test the child's end."""
 
     pid = 1
-    spec = SimpleNamespace(plan=UNCONFINED)
+    spec = SimpleNamespace(plan=UNCONFINED, subprocess=())
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
@@ -669,7 +669,7 @@ async def test_what_nobody_asked_for_changes_nothing() -> None:
         one.peer.say(
             wire.HookDone(NEVER_OPENED, True, "", 0, 0),
             wire.HookDone(0, True, "", 0, 0),
-            wire.McpServers(["a"]),
+            wire.McpServers([wire.McpServer("a", "local")]),
             wire.Log("error", "\x1b[31m\nforged", b"\xff not json", "x" * 4096, 2**62),
             wire.Log("info", "deep", b"[" * 20_000, "", 0),
             head(id, end=True),

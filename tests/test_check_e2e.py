@@ -297,8 +297,10 @@ PLUGINS = {
     "not-utf-8": Case(latin, ("SyntaxError: ", "utf-8")),
     "exit": load("import sys\nsys.exit(3)", "the plugin called sys.exit(3) while it was loading"),
     "exit-with-text": load("import sys\nsys.exit('bye')", "the plugin called sys.exit('bye') while it was loading"),
-    "hard-exit": load("import os\nos._exit(0)", "its process died while it was loading"),
-    "killed": load("import os\nos.kill(os.getpid(), 9)", "its process died while it was loading"),
+    "hard-exit": load("import os\nos._exit(0)", "its process exited with code 0 while it was loading"),
+    "killed": load(
+        "import os\nos.kill(os.getpid(), 9)", "its process was killed by signal 9 (Killed) while it was loading"
+    ),
     "surrogate": load("raise ValueError('\\ud800')", "ValueError: \\ud800"),
     "error-without-text": load(
         "class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "E: its text cannot be had"

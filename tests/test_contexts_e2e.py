@@ -12,9 +12,10 @@ import pytest
 from sandbox.confinement import MINIMAL_ENVIRONMENT
 
 from .conftest import HostProcess, Serve, wait_until, write_plugin
-from .hosting import PLUGIN, PREAMBLE, hosting, logged, write_orgs
+from .hosting import PLUGIN, PREAMBLE, hosting, logged, stored
 
 SECRET = "s3cr3t-of-the-host"
+KEY = "5ec4e7d5" * 8
 BAD = object()
 """The variable's text is no value of the field's type."""
 
@@ -70,7 +71,7 @@ ENVIRONMENT = {
     "CTX_BAD": "bad-and-s3cr3t",
     "CTX_NOT_LISTED": SECRET,
     "AWS_SECRET_ACCESS_KEY": SECRET,
-    "HAYHOST_SECRET_KEY": SECRET,
+    "HAYHOST_SECRET_KEY": KEY,
 }
 LISTED = tuple({descriptor["env"] for descriptor in FIELDS.values() if "env" in descriptor})
 
@@ -213,11 +214,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcess]:
     write_plugin(folder / "plugins" / "talk", PREAMBLE + TALK + PLUGIN)
     write_plugin(folder / "plugins" / "types", TYPES)
     write_plugin(folder / "plugins" / "lacks", LACKS)
-    file = write_orgs(
-        folder / "orgs.toml",
+    file = stored(
+        folder / "store.db",
         {org: {"ctx": install, "talk": {}, "types": {}, "lacks": {}} for org, install in ORGS.items()},
+        ENVIRONMENT,
     )
-    with hosting(folder / "plugins", "--orgs", file, env=ENVIRONMENT) as host:
+    with hosting(folder / "plugins", "--store", file, env=ENVIRONMENT) as host:
         yield host
 
 
@@ -376,7 +378,7 @@ def test_a_process_shows_nothing_of_the_hosts_environment(host: HostProcess) -> 
     files = [f"/proc/{pid}/{name}" for pid in worker_and_zygote(host, "rich") for name in ("environ", "cmdline")]
     proc = [Path(file).read_bytes().decode(errors="replace") for file in files]
     everything = json.dumps([process["environ"], proc, process["argv"]])
-    for text in (SECRET, "CTX_", "HAYHOST", "orgs.toml", "serve"):
+    for text in (SECRET, KEY, "CTX_", "HAYHOST", "store.db", "serve"):
         assert text not in everything
 
 

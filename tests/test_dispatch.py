@@ -17,7 +17,7 @@ class FakeLink:
     def __init__(self) -> None:
         self.sent: list[Any] = []
 
-    def send(self, message: wire.Message) -> None:
+    def send(self, message: wire.Message, *, now: bool = False) -> None:
         wire.encode(message)  # as it would have to be
         self.sent.append(message)
 

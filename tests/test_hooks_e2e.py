@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import LIMIT, Answer, HostProcess, Serve, all_gone, wait_until, write_plugin
-from .hosting import PREAMBLE, hosting, logged, write_orgs
+from .hosting import PREAMBLE, hosting, logged, stored
 
 # Without namespaces, so that a plugin and the tests call a process by the same number.
 ISOLATION = "confined"
@@ -107,7 +107,7 @@ BROKEN_INITIALIZE = {
     "hangs": ("", "time.sleep(60)", "on_initialize did not finish within 1 s"),
     "hangs-async": ("async ", "await asyncio.sleep(60)", "on_initialize did not finish within 1 s"),
     "spins": ("", "while True: pass", "on_initialize did not finish within 1 s"),
-    "dies": ("", "os._exit(4)", "its process died"),
+    "dies": ("", "os._exit(4)", "its process exited with code 4 while it was loading"),
     "exits": ("", "sys.exit(4)", "sys.exit(4)"),
     "knows-no-org": ("", "ctx.org", "HayGlobalContext has no 'org'"),
     "has-no-state": ("", "ctx.state", "on_start (HayStartContext)"),
@@ -136,8 +136,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcess]:
         write_plugin(folder / "plugins" / name, PREAMBLE + source)
     installs: dict[str, dict[str, Any]] = {kind: {} for kind in ("bare", *BROKEN_INITIALIZE)}
     orgs = {org: {kind: {"config": config} for kind in KINDS} | installs for org, config in ORGS.items()}
-    file = write_orgs(folder / "orgs.toml", orgs)
-    with hosting(folder / "plugins", "--orgs", file, "--hook-timeout", "1") as host:
+    file = stored(folder / "store.db", orgs)
+    with hosting(folder / "plugins", "--store", file, "--hook-timeout", "1") as host:
         yield host
 
 
@@ -599,9 +599,9 @@ def pid(req):
 def test_requests_that_wait_when_a_plugin_is_disabled_are_told(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     write_plugin(tmp_path / "plugins" / "sync", coloured(LIFE, "sync"))
-    file = write_orgs(tmp_path / "orgs.toml", {"acme": {"sync": {}}})
+    file = stored(tmp_path / "store.db", {"acme": {"sync": {}}})
     with (
-        hosting(tmp_path / "plugins", "--orgs", file, "--max-requests", "1") as host,
+        hosting(tmp_path / "plugins", "--store", file, "--max-requests", "1") as host,
         ThreadPoolExecutor(3) as pool,
     ):
         flying = pool.submit(host.get, f"/plugins/sync/acme/gated?gate={gate}")
@@ -621,8 +621,8 @@ def test_requests_that_wait_when_a_plugin_is_disabled_are_told(tmp_path: Path) -
 def test_a_config_that_comes_while_a_plugin_is_disabled_does_not_enable_it(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     write_plugin(tmp_path / "plugins" / "sync", coloured(LIFE, "sync"))
-    file = write_orgs(tmp_path / "orgs.toml", {"acme": {"sync": {}}})
-    with hosting(tmp_path / "plugins", "--orgs", file) as host, ThreadPoolExecutor(2) as pool:
+    file = stored(tmp_path / "store.db", {"acme": {"sync": {}}})
+    with hosting(tmp_path / "plugins", "--store", file) as host, ThreadPoolExecutor(2) as pool:
         flying = pool.submit(host.get, f"/plugins/sync/acme/gated?gate={gate}")
         logged(host, event="inside")
         updating = host.connect()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from .bystanders import bystanders
-from .conftest import LIMIT, HostProcess, Serve, all_gone, wait_until, write_plugin
+from .conftest import LIMIT, HostProcess, Serve, all_gone, descriptors_of, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE, logged
 
 # What is tried here needs processes, files and sockets that the sandbox would refuse; see the attacks for that.
@@ -153,7 +153,7 @@ def zygotes(host: HostProcess) -> list[int]:
 
 
 def open_descriptors(host: HostProcess) -> int:
-    return len(os.listdir(f"/proc/{host.pid}/fd"))
+    return descriptors_of(host.pid)
 
 
 @pytest.fixture

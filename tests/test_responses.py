@@ -3,7 +3,7 @@
 import pytest
 from tornado.httputil import HTTPHeaders
 
-from hayhost.responses import BadResponseError, plugin_headers, request_headers, start_line
+from hayhost.responses import BadResponseError, plugin_headers, read_head, start_line, whole_head
 
 BASE = "/plugins/p/acme/"
 
@@ -109,9 +109,42 @@ def test_two_lengths_are_refused() -> None:
 
 def test_request_headers_lose_what_concerns_the_connection() -> None:
     headers = HTTPHeaders({"Connection": "close, X-Drop", "X-Drop": "1", "TE": "trailers", "X-Keep": "2", "Host": "h"})
-    assert sorted(request_headers(headers)) == [("host", "h"), ("x-keep", "2")]
+    assert sorted(read_head(headers).for_plugin) == [("host", "h"), ("x-keep", "2")]
 
 
 def test_an_unknown_status_has_a_reason_all_the_same() -> None:
     assert start_line(299)[1:] == (299, "Unknown")
     assert start_line(404)[2] == "Not Found"
+
+
+def test_what_a_proxy_says_counts_only_if_it_is_believed() -> None:
+    headers = HTTPHeaders({"X-Forwarded-For": "1.2.3.4", "Forwarded": "for=x", "Host": "h"})
+    assert read_head(headers).for_plugin == [("host", "h")]
+    assert len(read_head(headers, forwarded=True).for_plugin) == 3
+
+
+def test_a_token_of_the_hosts_is_not_for_the_plugin() -> None:
+    headers = HTTPHeaders({"Authorization": "Bearer mine"})
+    assert read_head(headers).for_plugin == [("authorization", "Bearer mine")]
+    headers.add("Authorization", "Bearer hay_0123456789abcdef_secret")
+    assert read_head(headers).for_plugin == []
+
+
+@pytest.mark.parametrize("given", [("set-cookie", "a=b"), ("Set-Cookie", "a=b")])
+def test_a_head_that_is_remembered_has_nothing_of_another_org(given: tuple[str, str]) -> None:
+    for org in ("acme", "other"):
+        assert f"Path=/plugins/p/{org}/\r\n".encode() in whole_head(200, [given], f"/plugins/p/{org}/")
+
+
+def test_a_whole_head_is_what_a_streamed_one_would_be() -> None:
+    given = [("content-type", "text/html"), ("X-A", "\xe9"), ("connection", "close"), ("content-length", "7")]
+    lines = whole_head(299, given, BASE).decode("latin-1").split("\r\n")
+    assert lines[0] == "HTTP/1.1 299 Unknown"
+    assert lines[1:-1] == [f"{name}: {value}" for name, value in plugin_headers(given, BASE)[0].get_all()]
+
+
+@pytest.mark.parametrize("given", [("x\n", "1"), ("x", "1\r\nset-cookie: a=b")])
+def test_a_whole_head_has_no_more_lines_than_headers(given: tuple[str, str]) -> None:
+    for _ in range(2):  # nor does it once it is known
+        with pytest.raises(BadResponseError):
+            whole_head(200, [given], BASE)

@@ -959,7 +959,7 @@ def test_the_hosts_own_paths_are_never_the_plugins(host: HostProcess) -> None:
         assert answer.status == 200
         assert answer.body != b"mine"
     assert host.get("/plugins/all/acme/something").body == b"mine"
-    for path, status in {"/health": 200, "/metadata": 200, "/mcp": 404, "/disable": 405}.items():
+    for path, status in {"/health": 200, "/metadata": 200, "/mcp": 406, "/disable": 405}.items():
         answer = host.get(f"/plugins/all/acme{path}")  # not as a parameter's value either
         assert answer.status == status
         assert answer.body != b"mine"

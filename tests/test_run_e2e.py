@@ -19,7 +19,7 @@ from hayhost.cli.run import installation_from_environment
 from hayhost.installs import Auth
 
 from .commands import environment, run_hayhost
-from .conftest import LIMIT, Answer, HostProcess, all_gone, routes, wait_until, write_plugin
+from .conftest import LIMIT, Answer, HostProcess, all_gone, routes, seen_of, wait_until, write_plugin
 
 # Without namespaces, so that a plugin and the tests call a process by the same number.
 ISOLATION = "confined"
@@ -163,7 +163,7 @@ def test_arguments_apart_in_production(start: Start, plugin: Path) -> None:
     assert set(process["environ"]) == {"PATH", "LANG", "HOME", "USER", "LOGNAME", "TMPDIR"}
     places = {"health": str(health), "metadata": metadata.body.decode(), "process": str(process)}
     for pid in host.pids():
-        places[f"environment of {pid}"] = Path(f"/proc/{pid}/environ").read_text()
+        places[f"environment of {pid}"] = seen_of(pid, "environ").decode()
     for pid in (*host.pids(), host.pid):
         places[f"command line of {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
     assert len(places) >= 3 + 3 + 4  # a nursery, a zygote, a worker, the front

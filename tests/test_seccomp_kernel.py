@@ -44,13 +44,13 @@ socket.send_fds(front, [b"x"], [client.fileno()])
 server = listener.accept()[0]
 result = {{}}
 assert libc.prctl(38, 1, 0, 0, 0) == 0
-seccomp.install(seccomp.for_process(zygote, os.getpid()))
+seccomp.Filter(zygote).install()
 if {worker!r}:
     pid = os.fork()
     if pid:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os.setsid()
-    seccomp.install(seccomp.for_process(worker, os.getpid()))
+    seccomp.Filter(worker).install()
 {script}
 print(json.dumps(result))
 sys.stdout.flush()
@@ -315,4 +315,4 @@ def test_a_call_of_another_table_is_the_end_of_the_process(script: str) -> None:
 def test_install_raises_what_the_kernel_says() -> None:
     # Without no_new_privs an ordinary user may install none at all.
     with pytest.raises(OSError, match=os.strerror(errno.EACCES if os.geteuid() else errno.EINVAL)):
-        seccomp.install(b"\x00" * 8)
+        seccomp.Filter(b"\x00" * 8).install()

@@ -220,3 +220,11 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="not a size such as 10MiB: "):
         parse_size(text)
+
+
+def test_folders_to_write_to_have_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert load({"writable": str(tmp_path)}, environ={}).writable == (str(tmp_path.resolve()),)
+    for name, problem in (("file", "is no folder"), ("nothing", "does not exist")):
+        with pytest.raises(SettingsError, match=f"--writable: '{tmp_path / name}' {problem}"):
+            load({"writable": f"{tmp_path}:{tmp_path / name}"}, environ={})

@@ -18,6 +18,8 @@ from hayhost.sdk import CapabilityError, ConfigError, DefinitionError, PluginErr
 from sandbox.confinement import MINIMAL_ENVIRONMENT
 from sandbox.testing import LogRecord, NoSuchToolError, PluginHarness
 
+from .conftest import write_plugin
+
 Make = Callable[..., Path]
 HEAD = "from hayhost.sdk import *\nimport asyncio, os, sys, time, threading\n"
 
@@ -513,3 +515,37 @@ def test_no_threads_are_left(make: Make) -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     assert threading.active_count() <= before
+
+
+def test_mcp_servers_of_the_package_and_programs(tmp_path: Path) -> None:
+    server = """
+        from mcp.server.mcpserver import MCPServer
+
+        server = MCPServer("both")
+
+        @server.tool()
+        def add(a: int, b: int) -> int:
+            return a + b
+
+        if __name__ == "__main__":
+            server.run()
+    """
+    source = """
+        import sys
+        from hayhost.sdk import HayStartContext, define_hay_plugin
+        from server import server
+
+        @define_hay_plugin
+        class Both:
+            name = "Both"
+
+            async def on_start(self, ctx: HayStartContext) -> None:
+                await ctx.mcp.start_local("object", lambda mcp: server)
+                await ctx.mcp.start_local_stdio(id="program", command="python3", args=["server.py"])
+    """
+    extra = '[tool.hay-plugin.permissions]\nsubprocess = ["python3"]\n'
+    folder = write_plugin(tmp_path / "both", source, files={"server.py": server}, extra=extra)
+    with PluginHarness(folder) as plugin:
+        assert [tool["serverId"] for tool in plugin.list_tools()] == ["object", "program"]
+        assert plugin.call_tool("add", {"a": 1, "b": 2})["structuredContent"] == {"result": 3}
+        assert plugin.metadata()["mcp"] == {"local": [{"id": "object"}, {"id": "program"}], "external": []}

@@ -21,7 +21,8 @@ UP: list[wire.Message] = [
     wire.Pong(4),
     wire.Log("error", "\x1b[31m\u2028", b"{}", "request", 5),
     wire.HookDone(6, True, "", 7, 8),
-    wire.McpServers(["a", "b"]),
+    wire.McpServers([wire.McpServer("a", "local"), wire.McpServer("b", "external", "https://b.example/mcp")]),
+    wire.McpNotice("a", b"{}"),
 ]
 DOWN: list[wire.Message] = [
     wire.Start("acme", "Acme", b"{}", b"null", b"{}", True, 30.0, ""),
@@ -48,7 +49,7 @@ UNIONS: list[tuple[Any, list[wire.Message]]] = [
     (wire.ToZygote, [wire.Admitted(), wire.Fork(), wire.Fork(True)]),
     (wire.FromNursery, [wire.Hello(wire.VERSION, []), wire.ChildExited(1, 0), wire.Probed({"uid": "no"}, ["/lib"])]),
     (wire.ToNursery, [wire.SpawnZygote(1, b"pickled"), wire.SpawnZygote(1, b"", True), wire.Probe()]),
-    (wire.FromKeeper, [wire.Hello(wire.VERSION, []), wire.ScratchMade("a", "")]),
+    (wire.FromKeeper, [wire.Hello(wire.VERSION, []), wire.ScratchMade("a", ""), wire.ChildExited(1, 0)]),
     (wire.ToKeeper, [wire.MakeScratch("a"), wire.DropScratch("a")]),
 ]
 MESSAGES = [message for _, messages in UNIONS for message in messages]

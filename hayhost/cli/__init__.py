@@ -3,63 +3,26 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import click
 
 from hayhost import __version__
 from hayhost.errors import HostError
-from hayhost.settings import FIELDS, Settings
+from hayhost.settings import FIELDS
+
+from .managing import COMMANDS
+from .options import FILE, FOLDER, NEW_FILE, complete_plugins
+from .options import settings as _settings
 
 __all__ = ["main"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_METAVARS = {int: "N", float: "SECONDS", str: "TEXT", tuple[str, ...]: "FOLDERS"}
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-def _settings(*without: str) -> Callable[[F], F]:
-    """Add an option for each setting but those in ``without``, and ``--config``."""
-    hints = get_type_hints(Settings)
-
-    def decorate(function: F) -> F:
-        for name, field in reversed(FIELDS.items()):
-            if name in without:
-                continue
-            hint = hints[name]
-            text = field.metadata["help"]
-            if hint is bool:
-                switch = f"--{name}/--no-{name}"
-                default = "on" if field.default else "off"
-                function = click.option(switch, name, default=None, help=f"{text}  [default: {default}]")(function)
-                continue
-            kind: Any = str
-            if get_origin(hint) is Literal:
-                kind = click.Choice(get_args(hint))
-            elif hint == Path | None:
-                kind = _FILE
-            shown_default = _shown(field.default, field.metadata["size"])
-            default = "" if field.default in (None, ()) else f"  [default: {shown_default}]"
-            option = f"--{name.replace('_', '-')}"
-            named = {"network": "NETWORKS", "nameserver": "ADDRESS:PORT"}.get(field.metadata["kind"])
-            shown = None if kind is not str else "SIZE" if field.metadata["size"] else named or _METAVARS.get(hint)
-            function = click.option(option, name, type=kind, default=None, metavar=shown, help=text + default)(function)
-        return click.option(
-            "--config",
-            type=_FILE,
-            envvar="HAYHOST_CONFIG",
-            help="TOML file with settings; flags and HAYHOST_* override it.",
-        )(function)
-
-    return decorate
-
-
-def _shown(value: Any, size: bool) -> str:
-    return f"{value >> 20}MiB" if size else f"{value:g}" if isinstance(value, float) else str(value)
+_NOT_FOR_ONE = (
+    *("host", "port", "mode", "max_workers", "spares", "idle_timeout", "reload", "poll", "debounce"),
+    *("store", "key_file", "orgs", "allowed_hosts", "route_tokens", "org_rate", "plugin_rate"),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -72,15 +35,19 @@ def cli() -> None:
       hayhost new my-plugin          make a plugin that runs, with its test
       hayhost dev .                  serve the plugins of this folder while you write them
       hayhost check my-plugin        load a plugin as the host would, and see all that is wrong
+      hayhost bench my-plugin        how fast and how small it is on this machine
       hayhost doctor                 what isolation this machine gives, and what to do about the rest
       hayhost serve plugins/         the host
+      hayhost install my-plugin acme, hayhost org, config, token, keys, audit
+                                     what the host keeps, from the command line
     """
 
 
 @cli.command()
-@click.argument("plugins_dir", type=_FOLDER)
+@click.argument("plugins_dir", type=FOLDER)
 @_settings()
-def serve(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Only say what the file of orgs would change in the store.")
+def serve(plugins_dir: Path, config: Path | None, dry_run: bool, **flags: Any) -> None:
     """Serve every plugin in PLUGINS_DIR, for every installed org.
 
     Each (plugin, org) answers under /plugins/<name>/<org>/. Every setting can also be given as an environment variable
@@ -89,19 +56,20 @@ def serve(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
 
     \b
       hayhost serve plugins/ --mode test             every org is known
-      hayhost serve plugins/ --orgs orgs.toml        the orgs of a file
+      hayhost serve plugins/                         the orgs of the store, hayhost.db here
+      hayhost serve plugins/ --orgs orgs.toml        the same, once it has the orgs of a file
     """
     _end_on_signals()
     from hayhost.settings import load
 
     from .serve import serve as run_host
 
-    run_host(plugins_dir, load(flags, config), instrument=False)
+    run_host(plugins_dir, load(flags, config), instrument=False, dry_run=dry_run)
 
 
 @cli.command()
-@click.argument("plugins_dir", type=_FOLDER)
-@_settings("mode", "spares")
+@click.argument("plugins_dir", type=FOLDER)
+@_settings("mode", "spares", "orgs")
 def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     """Serve the plugins in PLUGINS_DIR to their author.
 
@@ -129,7 +97,7 @@ def dev(plugins_dir: Path, config: Path | None, **flags: Any) -> None:
     show_default=True,
     help="In production the org is read from HAY_ORG_CONFIG and HAY_ORG_AUTH.",
 )
-@_settings("host", "port", "mode", "orgs", "max_workers", "spares", "idle_timeout", "reload", "poll", "debounce")
+@_settings(*_NOT_FOR_ONE)
 def run(plugin_path: str, org_id: str, port: str, mode: str, config: Path | None, **flags: Any) -> None:
     """Serve one plugin for one org, at the root: the worker that Hay Core starts.
 
@@ -154,15 +122,18 @@ def run(plugin_path: str, org_id: str, port: str, mode: str, config: Path | None
 
 @cli.command()
 @click.argument("plugin_dir", type=click.Path(path_type=Path))
+@_settings(*(name for name in FIELDS if name not in ("hook_timeout", "isolation", "require", "layers", "writable")))
 @click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object on stdout.")
-def check(plugin_dir: Path, as_json: bool) -> None:
+def check(plugin_dir: Path, as_json: bool, config: Path | None, **flags: Any) -> None:
     """Load the plugin in PLUGIN_DIR as the host would, and print its metadata, warnings and all errors.
 
     Exit code 1 if there is an error.
     """
+    from hayhost.settings import load
+
     from .check import check as run_check
 
-    sys.exit(run_check(plugin_dir, as_json))
+    sys.exit(run_check(plugin_dir, load(flags, config), as_json))
 
 
 @cli.command()
@@ -181,9 +152,63 @@ def doctor(as_json: bool, config: Path | None, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("plugin_dir", type=FOLDER)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(["cold", "hooks", "routes", "memory", "reload"]),
+    help="Measure this part only; may be repeated.",
+)
+@click.option("--rounds", type=click.IntRange(4), default=40, show_default=True, help="Cold starts and hooks to time.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.05), default=0.7, show_default=True, help="Length of each round of load."
+)
+@click.option(
+    "--orgs", type=click.IntRange(1), default=1000, show_default=True, help="Workers at most, to measure memory with."
+)
+@click.option("--route", default="", metavar="'METHOD /PATH'", help="The request to make.  [default: the first route]")
+@click.option("--body", default="{}", show_default=True, help="Its body, unless it is a GET or DELETE.")
+@click.option("--json", "json", type=NEW_FILE, help="Keep the result in this file.")
+@click.option("--plot", "plot", type=NEW_FILE, help="Draw the result into this file (.svg or .png).")
+@click.option("--compare", "compare", type=FILE, help="Say what changed since this file was written by --json.")
+@_settings(*(name for name in FIELDS if name not in ("isolation", "require", "layers")))
+def bench(plugin_dir: Path, config: Path | None, **given: Any) -> None:
+    """Measure how fast and how small the plugin in PLUGIN_DIR is on this machine, isolated as it would be served.
+
+    A copy of it is served to orgs that do not exist, in test mode: without settings and credentials. Its hooks and the
+    route run many times; what they do outside, they do that often. It takes about a minute, in five parts:
+
+    \b
+      cold     the first request to an org that has no worker, phase by phase, without and with a spare
+      hooks    from the call in the host to the result in the host; on_initialize once, in the plugin's zygote
+      routes   latency and throughput at 1, 8 and 32 connections, in turn with a bare Tornado server that gives
+               the same answer: the difference is what the host costs, and how fast the machine is does not matter
+      memory   of each idle worker at 1, 10, 100 and 1000 orgs. PSS counts shared pages by the share
+      reload   from the save of a file until a worker with the new code has the org
+
+    \b
+      hayhost bench my-plugin --route 'POST /echo' --body '{"a": 1}'
+      hayhost bench my-plugin --json before.json              keep it, change something, and then
+      hayhost bench my-plugin --compare before.json           what got better or worse, noise considered
+      hayhost bench my-plugin --only memory --orgs 100        a part of it
+      hayhost bench my-plugin --plot bench.svg                needs matplotlib: pip install 'hayhost[bench]'
+
+    With --compare, a change counts if it is beyond what rounds differ by within the runs, beyond 5 %, and beyond what
+    the Tornado server, which has nothing of the host in it, changed between the runs.
+    """
+    from hayhost.settings import load
+
+    from .bench import Options
+    from .bench import bench as run_bench
+
+    settings = load({name: given.pop(name) for name in ("isolation", "require", "layers")}, config)
+    run_bench(plugin_dir, settings, Options(**given))
+
+
+@cli.command()
 @click.argument("name")
 @click.option(
-    "--directory", type=_FOLDER, default=".", help="Where to make the plugin's folder.  [default: this folder]"
+    "--directory", type=FOLDER, default=".", help="Where to make the plugin's folder.  [default: this folder]"
 )
 def new(name: str, directory: Path) -> None:
     """Make a plugin that runs, in the folder NAME, with its test."""
@@ -193,16 +218,18 @@ def new(name: str, directory: Path) -> None:
 
 
 @cli.command()
-@click.argument("plugin")
+@click.argument("plugin", shell_complete=complete_plugins)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the host listens.")
-def rollback(plugin: str, url: str) -> None:
+@click.option("--token-file", type=FILE, help="File with the bearer token, if the host needs one.")
+def rollback(plugin: str, url: str, token_file: Path | None) -> None:
     """Have a running host serve the version of PLUGIN that it served before.
 
     It is still loaded, so this takes as long as a worker's start. The next change of the plugin's files is served.
+    A host with tokens needs an admin's: in the file of --token-file, or in the environment as HAYHOST_TOKEN.
     """
     from .rollback import rollback as roll_back
 
-    roll_back(plugin, url)
+    roll_back(plugin, url, token_file)
 
 
 @cli.command()
@@ -220,6 +247,10 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(cli, {}, "hayhost", "_HAYHOST_COMPLETE").source())
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def _end_on_signals() -> None:
@@ -249,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
-            command = f"hayhost {name}" if name in cli.commands else "hayhost"
+            command = error.ctx.command_path if error.ctx is not None else "hayhost"
             message = " ".join(error.format_message().split()).rstrip(".")
             click.echo(f"{command}: {message}; see `{command} --help`", err=True)
         # Hay Core knows 1 for bad arguments

@@ -8,23 +8,23 @@ from typing import Any
 
 import msgspec
 
-from hayhost import settings
 from hayhost.catalog import Plugin
 from hayhost.errors import HostError, ManifestError, PluginLoadError
 from hayhost.isolation import Isolation
 from hayhost.logs import configure, escape
 from hayhost.manifest import read_manifest
 from hayhost.processes import Nursery
+from hayhost.settings import Settings
+
+from .output import paint
 
 __all__ = ["check"]
 
-_HOOK_TIMEOUT = 30.0
 
-
-def check(plugin_dir: Path, as_json: bool) -> int:
+def check(plugin_dir: Path, settings: Settings, as_json: bool) -> int:
     """Print what is known of the plugin; 1 if it has an error."""
     configure("auto", "warning")
-    report = asyncio.run(_report(plugin_dir))
+    report = asyncio.run(_report(plugin_dir, settings))
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
     else:
@@ -32,7 +32,7 @@ def check(plugin_dir: Path, as_json: bool) -> int:
     return 0 if report["ok"] else 1
 
 
-async def _report(plugin_dir: Path) -> dict[str, Any]:
+async def _report(plugin_dir: Path, settings: Settings) -> dict[str, Any]:
     folder = os.fsencode(plugin_dir).decode(errors="backslashreplace")  # the name of a file may be no UTF-8
     report: dict[str, Any] = {"ok": False, "folder": folder, "errors": [], "warnings": []}
     try:
@@ -48,8 +48,8 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
         "warnings": list(manifest.warnings),
     }
     nursery = Nursery(lambda: None)
-    isolation = Isolation(settings.load({}))
-    plugin = Plugin(manifest, nursery, isolation, hook_timeout=_HOOK_TIMEOUT)
+    isolation = Isolation(settings)
+    plugin = Plugin(manifest, nursery, isolation, hook_timeout=settings.hook_timeout)
     try:
         await nursery.start()
         await isolation.start(nursery)
@@ -77,11 +77,6 @@ async def _report(plugin_dir: Path) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    def paint(code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
-
     def line(label: str, value: object) -> None:
         print(f"  {label:<14}{escape(str(value))}")
 

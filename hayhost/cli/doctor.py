@@ -12,15 +12,15 @@ import msgspec
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 import hayhost
-from hayhost.api import Api
 from hayhost.errors import HostError
 from hayhost.host import Host
 from hayhost.installs import TestInstalls
-from hayhost.layout import Site
 from hayhost.logs import configure, escape
 from hayhost.manifest import read_manifest
 from hayhost.settings import Settings
 from sandbox.confinement import LAYERS, Level, landlock
+
+from .output import paint
 
 __all__ = ["doctor"]
 
@@ -104,7 +104,7 @@ async def _canaries(host: Host) -> list[dict[str, Any]]:
     """What a worker tried, and what refused it."""
     plugin = host.add(read_manifest(_CANARY))
     await plugin.load()
-    port = host.listen(Site(host.plugins, host.installs, Api(host.plugins, host.pool)))
+    port = host.listen(host.site())
     url = f"http://127.0.0.1:{port}/plugins/{plugin.name}/doctor/?port={port}&pid={os.getpid()}"
     try:
         answer = await AsyncHTTPClient().fetch(url, request_timeout=30)
@@ -114,11 +114,6 @@ async def _canaries(host: Host) -> list[dict[str, Any]]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    def paint(code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if colour else text
-
     yes, no = paint("32", "yes"), paint("31", "no ")
     print(f"Linux {report['kernel']} on {report['machine']}, Python {report['python']}, {report['user']}")
     print(f"isolation: {paint('1', report['level'])} (required: {report['required']})\n")

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from hayhost.errors import SettingsError
+from hayhost.names import PLUGIN_NAME
 
 __all__ = ["new", "render"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _TEMPLATE = "template"
 # Class names that the template cannot have: those that Python or the template itself uses.
 _TAKEN = ("Any", "False", "HayGlobalContext", "None", "Request", "True")
@@ -35,7 +35,7 @@ def render(name: str) -> dict[str, str]:
 
 def new(name: str, directory: Path) -> None:
     """Write the files. Raises ``SettingsError`` for a bad name or a folder that is there already."""
-    if not _NAME.fullmatch(name):
+    if not PLUGIN_NAME.fullmatch(name):
         raise SettingsError(f"{name!r} is not a plugin name: a-z, 0-9 and - only, at most 64, not beginning with -")
     folder = directory / name
     try:

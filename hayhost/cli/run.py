@@ -10,9 +10,10 @@ import msgspec
 from hayhost.errors import HostError, PluginLoadError, SettingsError
 from hayhost.host import Host, url_of
 from hayhost.installs import Auth, Installation, SingleInstall
-from hayhost.layout import ORG_ID, OneOrg
+from hayhost.layout import OneOrg
 from hayhost.logs import configure, escape, get_logger
 from hayhost.manifest import read_manifest
+from hayhost.names import ORG_ID
 from hayhost.settings import Settings
 
 __all__ = ["installation_from_environment", "run"]
@@ -73,16 +74,17 @@ def run(plugin_path: str, org_id: str, settings: Settings) -> int:
         installation = Installation(org_id, f"Test Org {org_id}")
     else:
         installation = installation_from_environment(org_id)
-    return asyncio.run(_run(Path(plugin_path), settings, SingleInstall(installation)))
+    return asyncio.run(_run(Path(plugin_path), settings, installation))
 
 
-async def _run(plugin_path: Path, settings: Settings, installs: SingleInstall) -> int:
+async def _run(plugin_path: Path, settings: Settings, installation: Installation) -> int:
     log = get_logger()
     manifest = read_manifest(plugin_path)
-    installation = installs.installation
+    installs = SingleInstall(installation)
     if installation.problem:
         log.error("the worker will be degraded", org=installation.org_id, reason=installation.problem)
     host = Host(settings, installs)
+    await host.access.check_listening()
     host.stop_hook = "on_disable"
     host.handle_signals()
     async with host:

@@ -1,42 +1,63 @@
 """``hayhost serve`` and ``hayhost dev``."""
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hayhost.api import Api
+import click
+
 from hayhost.catalog import find_plugins
-from hayhost.errors import SettingsError
-from hayhost.host import Host, check_address, url_of
-from hayhost.installs import FileInstalls, Installs, TestInstalls
-from hayhost.layout import ORG_ID, Site
+from hayhost.declared import Declared, apply, read_declared
+from hayhost.errors import HostError, SettingsError
+from hayhost.host import Host, url_of
+from hayhost.installs import EveryOrg, Installs, TestInstalls
+from hayhost.layout import Site
 from hayhost.logs import configure, get_logger
 from hayhost.reload import Reloader
 from hayhost.settings import Settings
 
+if TYPE_CHECKING:
+    from hayhost.store import Store
+
 __all__ = ["serve"]
 
 
-def serve(plugins_dir: Path, settings: Settings, *, instrument: bool) -> None:
-    """Serve until a signal. Raises ``HostError`` if that cannot begin."""
+def serve(plugins_dir: Path, settings: Settings, *, instrument: bool, dry_run: bool = False) -> None:
+    """Serve until a signal. Raises ``HostError`` if that cannot begin.
+
+    With ``dry_run`` only say what ``settings.orgs`` would change in the store.
+    """
     configure(settings.log_format, settings.log_level)
-    check_address(settings.host)
-    installs = _installs(settings)
-    asyncio.run(_serve(plugins_dir, settings, installs, instrument))
-
-
-def _installs(settings: Settings) -> Installs:
-    if settings.mode == "test":
-        if settings.orgs is not None:
+    declared = None
+    if settings.orgs is not None:
+        if settings.mode == "test":
             raise SettingsError("--orgs is for production mode: in test mode every org is known")
-        return TestInstalls()
-    if settings.orgs is None:
-        raise SettingsError(
-            "production mode has to know its orgs: give --orgs FILE.toml, or --mode test to have every org known"
-        )
-    return FileInstalls(settings.orgs, ORG_ID.fullmatch)
+        declared = read_declared(settings.orgs)
+    elif dry_run:
+        raise SettingsError("--dry-run is for --orgs FILE: it says what that would change")
+    asyncio.run(_open_and_serve(plugins_dir, settings, declared, instrument, dry_run))
 
 
-async def _serve(plugins_dir: Path, settings: Settings, installs: Installs, dev: bool) -> None:
+async def _open_and_serve(
+    plugins_dir: Path, settings: Settings, declared: Declared | None, dev: bool, dry_run: bool
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        store: Store | None = None
+        if settings.mode == "production" or settings.store != "auto":
+            from hayhost.store import open_store
+
+            store = await stack.enter_async_context(open_store(settings))
+        installs: Installs = TestInstalls()
+        if store is not None:
+            installs = EveryOrg(store.installs) if settings.mode == "test" else store.installs
+        await _serve(plugins_dir, settings, Host(settings, installs, store, declared), declared, dev, dry_run)
+
+
+async def _serve(
+    plugins_dir: Path, settings: Settings, host: Host, declared: Declared | None, dev: bool, dry_run: bool
+) -> None:
+    await host.access.check_listening()
     log = get_logger()
     manifests, bad = find_plugins(plugins_dir)
     for entry in bad:
@@ -44,23 +65,20 @@ async def _serve(plugins_dir: Path, settings: Settings, installs: Installs, dev:
             log.error("a plugin is not served", folder=entry.folder.name, reason=problem)
     if not manifests:
         log.warning("no plugin to serve; `hayhost new NAME` makes one", folder=str(plugins_dir))
-    if isinstance(installs, FileInstalls):
-        known = {manifest.name for manifest in manifests}
-        for warning in installs.warnings:
-            log.warning(warning)
-        for plugin, org in installs.all():
-            if plugin not in known:
-                log.warning("an org has a plugin that is not served", org=org, plugin=plugin)
-    host = Host(settings, installs)
     host.handle_signals()
     async with host:
         for manifest in manifests:
             host.add(manifest, instrument=dev)
-        site = Site(host.plugins, installs, Api(host.plugins, host.pool))
+        if dry_run:
+            assert declared is not None
+            if await host.unless_stopped(host.load()):
+                await _compare(host, declared)
+            return
+        site = host.site()
         port = host.listen(site, access_log=dev)
         url = url_of(settings.host, port)
         log.info("listening", url=url, mode=settings.mode)
-        if await host.unless_stopped(host.load()):
+        if await host.unless_stopped(_prepare(host, declared)):
             if settings.reload:
                 reloader = Reloader(
                     plugins_dir,
@@ -73,9 +91,38 @@ async def _serve(plugins_dir: Path, settings: Settings, installs: Installs, dev:
                 host.before_stop = reloader.stop
                 reloader.start(bad)
                 await host.unless_stopped(reloader.watching())
-            site.ready = True
-            log.info("ready", plugins=len(host.plugins))
-            if dev:
-                for name in host.plugins:
-                    log.info(f"try {url}/plugins/{name}/my-org/metadata")
+            _is_ready(host, site, url, dev)
         await host.stopped()
+
+
+async def _prepare(host: Host, declared: Declared | None) -> None:
+    await host.load()
+    await host.refresh_tokens()
+    if declared is None or host.store is None:
+        return
+    for warning in declared.warnings:
+        get_logger().warning(warning)
+    report = await apply(declared, host.store, host.management, host.plugins, actor="orgs file")
+    for change in report.changes:
+        get_logger().info(f"orgs: {change}")
+    for problem in report.problems:
+        get_logger().error("orgs: not as declared", reason=problem)
+
+
+async def _compare(host: Host, declared: Declared) -> None:
+    assert host.store is not None
+    report = await apply(declared, host.store, host.management, host.plugins, actor="orgs file", dry_run=True)
+    for change in report.changes:
+        click.echo(change)
+    if report.problems:
+        raise HostError("\n".join(report.problems))
+    if not report.changes:
+        click.echo("nothing to change")
+
+
+def _is_ready(host: Host, site: Site, url: str, dev: bool) -> None:
+    site.ready = True
+    get_logger().info("ready", plugins=len(host.plugins))
+    if dev:
+        for name in host.plugins:
+            get_logger().info(f"try {url}/plugins/{name}/my-org/metadata")

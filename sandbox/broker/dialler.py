@@ -9,7 +9,7 @@ from typing import Final
 
 from .addresses import Policy
 from .names import literal
-from .resolver import Resolver
+from .resolver import Resolver, Share
 
 __all__ = ["DIAL_TIMEOUT", "DialError", "Dialler"]
 
@@ -35,21 +35,22 @@ class Dialler:
         self._resolver = resolver
         self._policy = policy
 
-    async def dial(self, host: str, port: int, slots: asyncio.Semaphore) -> tuple[socket.socket, str]:
+    async def dial(self, host: str, port: int, share: Share) -> tuple[socket.socket, str]:
         """A connected socket and the address it is connected to. Raises ``DialError``."""
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
-                addresses = await self._addresses(host, slots)
+                addresses = await self.addresses(host, share)
                 return await self._first(addresses, host, port)
         except TimeoutError:
             raise DialError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
 
-    async def _addresses(self, host: str, slots: asyncio.Semaphore) -> list[bytes]:
+    async def addresses(self, host: str, share: Share) -> list[bytes]:
+        """Those of its addresses that may be connected to, at least one. Raises ``DialError``."""
         if packed := literal(host):
             found = [packed]
         else:
             try:
-                found = await self._resolver.addresses(host, slots)
+                found = await self._resolver.addresses(host, share)
             except socket.gaierror as error:
                 raise DialError(error.errno or socket.EAI_FAIL, f"{host}: {error.strerror}") from None
             except TimeoutError:

@@ -1,11 +1,10 @@
 """How much one worker or org may ask for."""
 
-import asyncio
 import time
 from collections import OrderedDict
 from typing import Final
 
-from .resolver import RESOLVING_PER_ORG
+from .resolver import Share
 
 __all__ = ["Org", "Orgs", "TokenBucket"]
 
@@ -42,7 +41,7 @@ class Org:
         self.id = org
         self.workers = 0
         self.pending = 0
-        self.resolving = asyncio.Semaphore(RESOLVING_PER_ORG)
+        self.resolving = Share()
         self._dials = TokenBucket(DIALS_PER_MINUTE / 60, DIALS_AT_ONCE)
 
     def refusal(self, full: bool) -> str:

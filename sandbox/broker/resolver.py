@@ -1,19 +1,30 @@
 """Names to addresses, within a time limit, and so that one org's hanging names keep no other org waiting."""
 
 import asyncio
+import contextlib
 import functools
-import os
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures.thread import ThreadPoolExecutor
 from typing import Any, Final
 
-__all__ = ["RESOLVING_PER_ORG", "Resolver"]
+__all__ = ["RESOLVING_PER_ORG", "Resolver", "Share"]
 
 RESOLVE_TIMEOUT: Final = 5.0
 RESOLVING_PER_ORG: Final = 4
-_THREADS: Final = 64  # a name that hangs in the C library keeps its thread for longer than anyone waits
+# A name that hangs in the C library keeps its thread for longer than anyone waits. So each org may have one that nobody
+# can take from it, as long as no more orgs than that have such names; for its further ones all orgs share the rest.
+_ORGS: Final = 192
+_SHARED: Final = 64
 _MOST: Final = 16  # addresses of one name that are looked at
+
+
+class Share:
+    """What one org may have resolved at once."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(RESOLVING_PER_ORG)
+        self.running = 0
 
 
 class Resolver:
@@ -24,28 +35,40 @@ class Resolver:
 
     def __init__(self, nameserver: str = "") -> None:
         self._server = _server(nameserver) if nameserver else None
-        self._pool = ThreadPoolExecutor(_THREADS, "resolve")
-        os.environ["LOCALDOMAIN"] = "."  # instead of the system's search domains: they would make it another name
+        self._pool = ThreadPoolExecutor(_ORGS + _SHARED, "resolve")
+        self._shared = asyncio.Semaphore(_SHARED)
 
-    async def addresses(self, name: str, slots: asyncio.Semaphore) -> list[bytes]:
-        """The packed addresses of ``name``; ``slots`` are the org's. Raises ``gaierror``; ``TimeoutError``."""
+    async def addresses(self, name: str, share: Share) -> list[bytes]:
+        """The packed addresses of ``name``; ``share`` is the org's. Raises ``gaierror``; ``TimeoutError``."""
         async with asyncio.timeout(RESOLVE_TIMEOUT):
             if self._server is not None:
-                async with slots:
+                async with share.slots:
                     return (await self._server(name))[:_MOST]
-            await slots.acquire()
-            look_up = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
-            work = asyncio.get_running_loop().run_in_executor(self._pool, look_up)
-
-            def release(_: Any) -> None:
-                slots.release()  # not when nobody waits any more: when the thread is free
-                if not work.cancelled():
-                    work.exception()
-
-            work.add_done_callback(release)
-            infos = await asyncio.shield(work)
+            infos = await asyncio.shield(await self._look_up(name, share))
         # An address with a zone is judged without it, as the link-local one that it is.
         return [socket.inet_pton(info[0], str(info[4][0]).partition("%")[0]) for info in infos][:_MOST]
+
+    async def _look_up(self, name: str, share: Share) -> "asyncio.Future[list[Any]]":
+        """Have a thread ask, once there is one. It is taken until that has its answer, whoever still waits for it."""
+        with contextlib.ExitStack() as held:
+            await share.slots.acquire()
+            held.callback(share.slots.release)
+            if share.running:
+                await self._shared.acquire()
+                held.callback(self._shared.release)
+            share.running += 1
+            look_up = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+            work = asyncio.get_running_loop().run_in_executor(self._pool, look_up)
+            taken = held.pop_all()
+
+        def release(_: Any) -> None:
+            taken.close()
+            share.running -= 1
+            if not work.cancelled():
+                work.exception()
+
+        work.add_done_callback(release)
+        return work
 
 
 def _server(nameserver: str) -> Callable[[str], Awaitable[list[bytes]]]:

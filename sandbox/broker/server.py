@@ -142,6 +142,7 @@ class _Broker:
 
     def _obey(self, message: Any) -> None:
         if isinstance(message, Configure):
+            os.environ["LOCALDOMAIN"] = "."  # instead of the system's search domains: they would make it another name
             self.dialler = Dialler(Resolver(message.nameserver), Policy(message.allow))
             _confine(message.uid, message.gid)
             self.front.send(wire.Hello(wire.VERSION, []))

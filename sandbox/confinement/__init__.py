@@ -1,16 +1,14 @@
 """The one place where a child gives up what it does not need.
 
 ``before_import`` runs in the plugin zygote before the first line of the plugin; ``after_fork`` runs in the worker
-before it hears whose it is. Both run with one thread. Each layer is a module of this package; ``Plan`` says which of
-them are to be put on, and the front has made sure that this machine has them.
+before it hears whose it is, with what ``Prepared`` has done in the zygote. All run with one thread. Each layer is a
+module of this package; ``Plan`` says which of them are to be put on, and the front has made sure that this machine has
+them.
 """
-
-import os
-import sys
 
 from . import landlock, limits, privileges, seccomp
 from .descriptors import close_all_but
-from .environment import MINIMAL_ENVIRONMENT
+from .environment import MINIMAL_ENVIRONMENT, program_path
 from .plan import LAYERS, UNCONFINED, Layer, Level, Plan, level_of
 
 __all__ = [
@@ -20,9 +18,11 @@ __all__ = [
     "Layer",
     "Level",
     "Plan",
+    "Prepared",
     "after_fork",
     "before_import",
     "level_of",
+    "program_path",
 ]
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -42,24 +42,40 @@ def before_import(plan: Plan, keep: set[int]) -> None:
     privileges.drop_capabilities()
     privileges.forbid_new()
     if "landlock" in plan.layers:
-        _restrict(plan, plan.scratch)
+        ruleset = _ruleset(plan)
+        ruleset.grant(writable=[plan.scratch])
+        ruleset.restrict()
     if "seccomp" in plan.layers:
-        seccomp.install(seccomp.for_process(plan.zygote_filter, os.getpid()))
+        seccomp.Filter(plan.zygote_filter).install()
 
 
-def after_fork(plan: Plan, keep: set[int], scratch: str) -> None:
+class Prepared:
+    """What one worker is to put on, made ready in its zygote, so that no request waits for that.
+
+    The workers share no ruleset: what one adds to it would hold for the others as well. Raises ``OSError``.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.ruleset = _ruleset(plan) if "landlock" in plan.layers else None
+        self.filter = seccomp.Filter(plan.worker_filter) if "seccomp" in plan.layers else None
+
+    def close(self) -> None:
+        """Let go of it, in this process. Closing twice is safe."""
+        if self.ruleset is not None:
+            self.ruleset.close()
+
+
+def after_fork(prepared: Prepared, keep: set[int], scratch: str) -> None:
     """Confine a worker further: nothing of the zygote's, and of the scratch folders its own alone, is within reach."""
+    if prepared.ruleset is not None:
+        prepared.ruleset.grant(writable=[scratch])
+        prepared.ruleset.restrict()
     close_all_but(keep)
-    if scratch:
-        os.environ["HOME"] = os.environ["TMPDIR"] = scratch
-        if "tempfile" in sys.modules:
-            vars(sys.modules["tempfile"])["tempdir"] = None  # it may have looked in the zygote's environment
-    if "landlock" in plan.layers:
-        _restrict(plan, scratch)
-    if "seccomp" in plan.layers:
-        seccomp.install(seccomp.for_process(plan.worker_filter, os.getpid()))
+    if prepared.filter is not None:
+        prepared.filter.install()
 
 
-def _restrict(plan: Plan, scratch: str) -> None:
-    writable = (*plan.writable, *([scratch] if scratch else ()))
-    landlock.restrict((*plan.readable, *_DEVICES, *writable), (*writable, "/dev/null"), plan.programs)
+def _ruleset(plan: Plan) -> landlock.Ruleset:
+    ruleset = landlock.Ruleset()
+    ruleset.grant((*plan.readable, *_DEVICES), (*plan.writable, "/dev/null"), plan.programs)
+    return ruleset

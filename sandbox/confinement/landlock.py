@@ -1,7 +1,7 @@
 """Landlock: which files a process may open, write and execute, and that it reaches no TCP port, no abstract socket and
 no process outside of its domain (landlock(7)). Unprivileged, and for good."""
 
-import ctypes
+import functools
 import os
 import stat
 import struct
@@ -10,7 +10,7 @@ from typing import Final
 
 from . import kernel
 
-__all__ = ["SIGNALS_SCOPED", "TRUNCATE_GOVERNED", "abi", "restrict"]
+__all__ = ["SIGNALS_SCOPED", "TRUNCATE_GOVERNED", "Ruleset", "abi"]
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on every architecture
 _VERSION_FLAG: Final = 1
@@ -33,6 +33,7 @@ SIGNALS_SCOPED: Final = 6
 """The ABI from which signals and abstract sockets stay within the domain."""
 
 
+@functools.cache
 def abi() -> int:
     """The version of Landlock that this kernel has; 0 if it has none or does not use it."""
     try:
@@ -45,38 +46,52 @@ def _newest(by_abi: dict[int, int], version: int) -> int:
     return max((value for since, value in by_abi.items() if since <= version), default=0)
 
 
-def restrict(readable: Iterable[str], writable: Iterable[str] = (), executable: Iterable[str] = ()) -> None:
-    """Put this thread, and all that follow from it, under one more layer of Landlock.
+class Ruleset:
+    """One layer of Landlock in the making: what is not granted before ``restrict`` is refused after it.
 
-    ``readable`` and ``writable`` are trees or single files, ``executable`` files. Whatever is not named is refused, and
-    every right that the kernel knows is refused where it is not granted. Paths that do not exist grant nothing. Raises
-    ``OSError`` without Landlock.
+    Every right that the kernel knows is refused where it is not granted. Whoever makes it raises ``OSError`` without
+    Landlock.
     """
-    version = abi()
-    handled = _newest(_FILES, version) - 1
-    attributes = struct.pack("=QQQ", handled, _newest(_NET, version), _newest(_SCOPES, version))
-    size = 8 if version < 4 else 16 if version < SIGNALS_SCOPED else 24
-    ruleset = kernel.syscall(_CREATE_RULESET, attributes, size, 0)
-    try:
+
+    def __init__(self) -> None:
+        version = abi()
+        self._handled = _newest(_FILES, version) - 1
+        attributes = struct.pack("=QQQ", self._handled, _newest(_NET, version), _newest(_SCOPES, version))
+        size = 8 if version < 4 else 16 if version < SIGNALS_SCOPED else 24
+        self._descriptor = kernel.syscall(_CREATE_RULESET, attributes, size, 0)
+
+    def grant(self, readable: Iterable[str] = (), writable: Iterable[str] = (), executable: Iterable[str] = ()) -> None:
+        """``readable`` and ``writable`` are trees or single files, ``executable`` files; who may write may read.
+
+        Paths that do not exist grant nothing.
+        """
         read = _READ_FILE | _READ_DIR
-        write = handled & ~(_EXECUTE | _MAKE_SPECIAL | _IOCTL_DEVICE)
+        write = read | self._handled & ~(_EXECUTE | _MAKE_SPECIAL | _IOCTL_DEVICE)
         for paths, rights in ((readable, read), (writable, write), (executable, _EXECUTE | _READ_FILE)):
             for path in paths:
-                _grant(ruleset, path, rights)
-        kernel.syscall(_RESTRICT_SELF, ruleset, 0)
-    finally:
-        os.close(ruleset)
+                self._grant(path, rights)
 
+    def _grant(self, path: str, rights: int) -> None:
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            if not stat.S_ISDIR(os.fstat(place).st_mode):
+                rights &= _FILE_RIGHTS
+            kernel.syscall(_ADD_RULE, self._descriptor, _PATH_BENEATH, struct.pack("=Qi", rights, place), 0)
+        finally:
+            os.close(place)
 
-def _grant(ruleset: int, path: str, rights: int) -> None:
-    try:
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        if not stat.S_ISDIR(os.fstat(place).st_mode):
-            rights &= _FILE_RIGHTS
-        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, place))
-        kernel.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
-    finally:
-        os.close(place)
+    def restrict(self) -> None:
+        """Put this thread, and all that follow from it, under it for good, once. Raises ``OSError``."""
+        try:
+            kernel.syscall(_RESTRICT_SELF, self._descriptor, 0)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of it, in this process. Closing twice is safe."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

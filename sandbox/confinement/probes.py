@@ -54,7 +54,9 @@ def _landlock() -> None:
     if not version:
         raise OSError(errno.ENOSYS, "this kernel has no Landlock, or does not use it (lsm= in its command line)")
     privileges.forbid_new()
-    landlock.restrict(["/proc"])
+    ruleset = landlock.Ruleset()
+    ruleset.grant(["/proc"])
+    ruleset.restrict()
     try:
         os.listdir("/")
     except PermissionError:
@@ -65,8 +67,8 @@ def _landlock() -> None:
 def _seccomp() -> None:
     privileges.forbid_new()
     rules = seccomp.Rules()
-    seccomp.install(seccomp.for_process(seccomp.zygote_filter(rules), os.getpid()))
-    seccomp.install(seccomp.for_process(seccomp.worker_filter(rules), os.getpid()))
+    seccomp.Filter(seccomp.zygote_filter(rules)).install()
+    seccomp.Filter(seccomp.worker_filter(rules)).install()
     try:
         os.setpriority(os.PRIO_PROCESS, 1, 19)
     except PermissionError:

@@ -10,10 +10,11 @@ the other one; one that it takes as a ``long`` or a pointer is compared by both.
 
 import ctypes
 import errno as errors
+import functools
 import os
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,14 +22,15 @@ from . import bpf
 from .bpf import ALLOW, JEQ, JSET, Branch, Node, errno, high, low
 from .syscalls import AUDIT_ARCH, NUMBERS, X32_BIT
 
-__all__ = ["OWN_PID", "Rules", "UnsupportedMachineError", "for_process", "install", "worker_filter", "zygote_filter"]
+__all__ = ["OWN_PID", "Filter", "Rules", "UnsupportedMachineError", "worker_filter", "zygote_filter"]
 
 _DENY: Final = errno(errors.EPERM)
 _UNKNOWN: Final = errno(errors.ENOSYS)
 
 OWN_PID: Final = 0x7FEDC0DE
-"""Stands for the pid of the process until ``for_process`` puts it there. No process has it: pids end at 2**22."""
-_OWN_PID: Final = struct.pack("<I", OWN_PID)
+"""Stands for the pid of the process until ``Filter`` puts it there. No process has it: pids end at 2**22."""
+_PID: Final = struct.Struct("<I")
+_OWN_PID: Final = _PID.pack(OWN_PID)
 
 
 def _names(text: str) -> list[str]:
@@ -164,6 +166,7 @@ class Rules:
     """Landlock governs truncating. Without it only what is opened for writing can be truncated."""
 
 
+@functools.cache  # the same for most plugins, and milliseconds to build
 def zygote_filter(rules: Rules, machine: str | None = None) -> bytes:
     """The filter of a plugin zygote, which forks workers, and lets them confine themselves further."""
     everybody = rules.scoped_signals or rules.private_processes
@@ -182,10 +185,11 @@ def zygote_filter(rules: Rules, machine: str | None = None) -> bytes:
     return _build(_common(rules) | fork, machine)
 
 
+@functools.cache
 def worker_filter(rules: Rules, machine: str | None = None) -> bytes:
     """The filter of a worker: it makes no processes but what ``rules`` allow, and no further changes to its sandbox.
 
-    What it starts stays in its process group, so that it can be ended with it.
+    What it starts stays in its session, so that it can be ended with it.
     """
     everybody = rules.subprocess and rules.scoped_signals
     last: dict[str, Node] = {
@@ -194,38 +198,52 @@ def worker_filter(rules: Rules, machine: str | None = None) -> bytes:
         "tgkill": ALLOW if everybody else _is(0, OWN_PID),
     }
     if rules.subprocess:
-        last["fork"] = ALLOW
+        last |= {"fork": ALLOW, "setpgid": ALLOW}
     return _build(_common(rules) | last, machine)
 
 
-def for_process(program: bytes, pid: int) -> bytes:
-    """``program`` for the process ``pid``, as that process itself calls it."""
-    if pid <= 0:
-        raise ValueError(f"{pid} is no pid")
-    patched = bytearray(program)
-    at = program.find(_OWN_PID)
+class Filter:
+    """A program, ready to be put on by this process or one that is forked from it: little is left to do then."""
+
+    def __init__(self, program: bytes) -> None:
+        self._code = ctypes.create_string_buffer(program, len(program))
+        self._places = [at for at in _found(program, _OWN_PID) if at % 8 == 4]  # not by chance across two instructions
+        described = _Program(len(program) // 8, ctypes.addressof(self._code))
+        number = NUMBERS[_supported(None)]["seccomp"]
+        set_mode = ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER)
+        self._arguments = (ctypes.c_long(number), set_mode, ctypes.c_ulong(0), ctypes.byref(described))
+
+    def for_process(self, pid: int) -> bytes:
+        """The program for the process ``pid``, as that process itself calls it."""
+        if pid <= 0:
+            raise ValueError(f"{pid} is no pid")
+        for at in self._places:
+            _PID.pack_into(self._code, at, pid)
+        return self._code.raw
+
+    def install(self) -> None:
+        """Put the calling thread, and what it will start, under it for good.
+
+        It must have no_new_privs already. Raises ``OSError``.
+        """
+        self.for_process(os.getpid())
+        if _libc.syscall(*self._arguments) != 0:
+            failed = ctypes.get_errno()
+            raise OSError(failed, os.strerror(failed))
+
+
+def _found(text: bytes, part: bytes) -> Iterator[int]:
+    at = text.find(part)
     while at >= 0:
-        if at % 8 == 4:  # not by chance across two instructions
-            patched[at : at + 4] = struct.pack("<I", pid)
-        at = program.find(_OWN_PID, at + 1)
-    return bytes(patched)
+        yield at
+        at = text.find(part, at + 1)
 
 
 class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def install(program: bytes) -> None:
-    """Put the calling thread, and what it will start, under ``program`` for good. It must have no_new_privs already."""
-    described = _Program(len(program) // 8, program)
-    number = ctypes.c_long(NUMBERS[_supported(None)]["seccomp"])
-    operation = ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER)
-    if _libc.syscall(number, operation, ctypes.c_ulong(0), ctypes.byref(described)) != 0:
-        failed = ctypes.get_errno()
-        raise OSError(failed, os.strerror(failed))
 
 
 def _supported(machine: str | None) -> str:
@@ -250,7 +268,7 @@ def _common(rules: Rules) -> dict[str, Node]:
         "arch_prctl": _one_of(low(0), [_ARCH_SET_FS, _ARCH_GET_FS], no=errno(errors.EINVAL)),
         "personality": _one_of(low(0), _PERSONALITIES),
         "prlimit64": _is(0, 0),
-        "sched_setaffinity": _is(0, 0),
+        "sched_setaffinity": _one_of(low(0), [0], bpf.PRETEND),  # the front keeps who takes too much on one processor
         "getpriority": _one_of(low(0), [_PRIO_PROCESS], _is(1, 0)),
         "setpriority": _one_of(low(0), [_PRIO_PROCESS], _is(1, 0)),
         "mknod": _one_of(low(1), _MKNOD_TYPES, mask=_S_IFMT),

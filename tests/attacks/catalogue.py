@@ -113,6 +113,7 @@ CONTENDED: Final = {"cpu-all": "needs processors that nobody else uses just then
 """Attacks whose success depends on what else the machine does."""
 
 _PATHS = "neither Landlock nor a filter of system calls sees the path; a root of its own does not have the file"
+_MOMENT = "without cgroups the host looks twice a second: what is over within a second only its address space limits"
 _OWN_FILES = "all workers of a plugin share its files, and the kernel keeps locks of those that are open for reading"
 RESIDUAL: Final[dict[str, tuple[str, str]]] = {
     "stat-file": ("namespaced", _PATHS),
@@ -128,9 +129,8 @@ RESIDUAL: Final[dict[str, tuple[str, str]]] = {
     "files-many": ("namespaced", "without a file system of its own, a scratch folder has no limit of files"),
     "disk-many-files": ("namespaced", "without a file system of its own, only the size of each file is limited"),
     "disk-removed-files": ("namespaced", "without a file system of its own, only the size of each file is limited"),
-    "threads-many": ("hardened", "without cgroups only the memory that their stacks reserve limits threads"),
-    "cpu-all": ("hardened", "without cgroups a worker has as many processors as there are, and its fair share of them"),
-    "memory-shared": ("hardened", "without cgroups shared memory is limited by the address space only"),
+    "threads-many": ("hardened", _MOMENT),
+    "memory-shared": ("hardened", _MOMENT),
     "load-library-elsewhere": ("", "the system's libraries are there to be loaded"),
     "make-setuid": ("", "in its own folder, which no other user can enter and where such bits have no effect"),
     "open-scratch": ("", "its own folder may be opened to all, but nobody else gets as far as to it"),
@@ -167,7 +167,7 @@ SUBSET: Final = (
     "fork-plain",
     "io-uring",
     "namespace-user",
-    "memory-shared",
+    "memory-shared-kept",
     "memory-files",
     "files-open",
     "import-memory",
@@ -176,6 +176,7 @@ SUBSET: Final = (
     "kill-peer",
     "read-peer-scratch",
     "threads-many",
+    "threads-kept",
     "chroot",
 )
 """Attacks that stand for their kind where all would take too long."""

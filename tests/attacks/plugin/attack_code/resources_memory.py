@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 from .harness import Refused, Victims, attack, call, libc
@@ -42,6 +43,13 @@ def memory_private(v: Victims) -> str:
 @attack("Fills 1 GiB of shared memory", ends=True)
 def memory_shared(v: Victims) -> str:
     with _mappings(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as size:
+        return f"{size} bytes"
+
+
+@attack("Fills 1 GiB of shared memory and keeps it for 3 s", ends=True)
+def memory_shared_kept(v: Victims) -> str:
+    with _mappings(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as size:
+        time.sleep(3)
         return f"{size} bytes"
 
 
@@ -158,7 +166,7 @@ def memory_passed(v: Victims) -> str:
 @attack("Fills 768 MiB of the stacks of threads", ends=True)
 def memory_stacks(v: Victims) -> str:
     threading.stack_size(64 << 20)
-    done, failed = threading.Event(), []
+    done, filled, failed = threading.Event(), threading.Semaphore(0), []
 
     def fill() -> None:
         try:
@@ -168,15 +176,19 @@ def memory_stacks(v: Victims) -> str:
             start = ctypes.c_char.from_buffer(touch)
             ctypes.memset(ctypes.addressof(start), 1, len(touch))
             del start
+            filled.release()
             done.wait()
             touch.close()
         except (OSError, MemoryError) as error:
             failed.append(error)
+            filled.release()
 
     threads = [threading.Thread(target=fill) for _ in range(16)]
     try:
         for thread in threads:
             thread.start()
+        for _ in threads:
+            filled.acquire(timeout=30)  # all at once, however slowly they start
     finally:
         done.set()
         for thread in threads:

@@ -1,0 +1,350 @@
+"""What the management API takes and gives, as JSON. No secret is in any of it, but for a new token's own."""
+
+import datetime as dt
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from hayhost.installs import Auth, AuthValidity
+from hayhost.names import ORG_ID, PLUGIN_NAME
+
+__all__ = [
+    "AuditPage",
+    "AuditQuery",
+    "ErrorView",
+    "FieldError",
+    "Given",
+    "InstallationPage",
+    "InstallationView",
+    "InvalidView",
+    "NewOrg",
+    "NewToken",
+    "OAuthQuery",
+    "OAuthStarted",
+    "OrgName",
+    "OrgPage",
+    "OrgView",
+    "PageQuery",
+    "Patched",
+    "PluginList",
+    "PluginView",
+    "Restarted",
+    "ToValidate",
+    "TokenMade",
+    "TokenPage",
+    "TokenQuery",
+    "TokenView",
+    "Validated",
+    "WorkerPage",
+    "WorkerQuery",
+    "WorkerView",
+]
+
+Limit = Annotated[int, Meta(ge=1, le=1000, description="Items at most.")]
+After = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*$", description="`next` of the page before.")]
+Name = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f\u2028\u2029]*$",
+        description="For people; no control characters.",
+    ),
+]
+OrgId = Annotated[str, Meta(pattern=f"^{ORG_ID.pattern}$")]
+PluginName = Annotated[str, Meta(pattern=f"^{PLUGIN_NAME.pattern}$")]
+
+
+class _View(msgspec.Struct, frozen=True, rename="camel", kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ErrorView(_View, frozen=True):
+    """What went wrong, in one sentence."""
+
+    error: str
+
+
+class FieldError(_View, frozen=True):
+    """What is wrong with one field, such as `config.apiKey`."""
+
+    field: str
+    message: str
+
+
+class InvalidView(_View, frozen=True):
+    """Everything that is wrong with a request."""
+
+    error: str
+    errors: list[FieldError] = []
+
+
+class PageQuery(_View, frozen=True):
+    """Which part of a list."""
+
+    after: After = ""
+    limit: Limit = 100
+
+
+class OrgView(_View, frozen=True):
+    """An organisation."""
+
+    id: OrgId
+    name: str
+    created: dt.datetime
+
+
+class OrgPage(_View, frozen=True):
+    """Orgs by id; `next` is what to pass as `after` for those that follow."""
+
+    items: list[OrgView]
+    next: str | None
+
+
+class NewOrg(_View, frozen=True):
+    """An org to be made. Without a name it is called by its id."""
+
+    id: OrgId
+    name: Name | None = None
+
+
+class OrgName(_View, frozen=True):
+    """What an org is called."""
+
+    name: Name | None = None
+
+
+class Given(_View, frozen=True):
+    """An installation as it should be. What is left out stays as it is.
+
+    A secret that is `********` stays as it is, too. `auth: null` removes the credentials.
+    """
+
+    config: dict[str, Any] | UnsetType = UNSET
+    auth: Auth | UnsetType | None = UNSET
+    enabled: bool | UnsetType = UNSET
+
+
+class Patched(_View, frozen=True):
+    """Changes to an installation: fields of `config` are merged into the stored ones, and `null` removes one."""
+
+    config: dict[str, Any] | UnsetType = UNSET
+    auth: Auth | UnsetType | None = UNSET
+    enabled: bool | UnsetType = UNSET
+
+
+class ToValidate(_View, frozen=True):
+    """Settings to be tried; what is left out is taken from what is stored."""
+
+    config: dict[str, Any] | None = None
+    auth: Auth | None = None
+
+
+class Validated(_View, frozen=True):
+    """Whether the plugin accepts the credentials with these settings."""
+
+    valid: bool
+
+
+class OAuthQuery(_View, frozen=True):
+    """Which of the plugin's auth methods; by default its first with OAuth2."""
+
+    method: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+
+
+class OAuthStarted(_View, frozen=True):
+    """Where to send the browser that asked: it has a cookie now by which it is known when it comes back."""
+
+    authorization_url: str
+
+
+class InstallationView(_View, frozen=True):
+    """One plugin of one org. Secrets are `********`.
+
+    `state` is what its worker does now, `error` why it does not do better. After a change, `hooks` has the plugin's
+    lifecycle hooks that failed, each with its reason; the change stands.
+    """
+
+    org: OrgId
+    plugin: PluginName
+    enabled: bool
+    config: dict[str, Any]
+    auth: Auth | None
+    auth_validity: AuthValidity
+    state: str
+    error: str | None
+    revision: int
+    created: dt.datetime
+    updated: dt.datetime
+    hooks: dict[str, str] | UnsetType = UNSET
+
+
+class InstallationPage(_View, frozen=True):
+    """Installations, by plugin or org; `next` is what to pass as `after` for those that follow."""
+
+    items: list[InstallationView]
+    next: str | None
+
+
+class Restarted(_View, frozen=True):
+    """Whether the new worker started. If there was no worker, there is none now: the next request starts one."""
+
+    restarted: bool
+
+
+class VersionView(_View, frozen=True):
+    """A loaded version of a plugin; `digest` is of its folder's content."""
+
+    version: str
+    digest: str
+    loaded_at: float
+
+
+class LoadView(_View, frozen=True):
+    """One load of a plugin, and what came of it."""
+
+    at: float
+    action: str
+    digest: str
+    version: str
+    ms: float
+    error: str = ""
+    changes: list[str] = []
+
+
+class PluginView(_View, frozen=True):
+    """A plugin that the host serves, or fails to: `error` and `traceback` say why the content on disk is not served.
+
+    `metadata` is what its workers answer at `/metadata`, without what is running.
+    """
+
+    name: PluginName
+    display_name: str
+    category: str
+    capabilities: list[str]
+    permissions: dict[str, Any]
+    env: list[str]
+    state: str
+    error: str | None
+    traceback: str | None
+    current: VersionView | None
+    previous: VersionView | None
+    workers: int
+    metadata: dict[str, Any] | None
+    history: list[LoadView]
+
+
+class PluginList(_View, frozen=True):
+    """All plugins, by name."""
+
+    items: list[PluginView]
+
+
+class WorkerQuery(_View, frozen=True):
+    """Which workers."""
+
+    after: After = ""
+    limit: Limit = 100
+    plugin: PluginName | None = None
+    org: OrgId | None = None
+
+
+class WorkerView(_View, frozen=True):
+    """The worker of an org's plugin, or why there is none. Sizes are in bytes, times in seconds since 1970."""
+
+    plugin: PluginName
+    org: OrgId
+    state: str
+    since: float | None
+    why: str | None
+    pid: int | None
+    version: str | None
+    isolation: str | None
+    requests: int
+    in_flight: int
+    waiting: int
+    restarts: int
+    rss: int | None
+    pss: int | None
+    last_error: str | None
+
+
+class WorkerPage(_View, frozen=True):
+    """Workers by plugin and org; `next` is what to pass as `after` for those that follow."""
+
+    items: list[WorkerView]
+    next: str | None
+
+
+class TokenQuery(_View, frozen=True):
+    """Which tokens."""
+
+    after: After = ""
+    limit: Limit = 100
+    org: OrgId | None = None
+
+
+class TokenView(_View, frozen=True):
+    """A bearer token, without its secret. `org` is the only one that it is good for; `null`: it is an admin's."""
+
+    id: str
+    name: str
+    org: OrgId | None
+    created: dt.datetime
+    last_used: dt.datetime | None
+    expires: dt.datetime | None
+    revoked: dt.datetime | None
+
+
+class TokenPage(_View, frozen=True):
+    """Tokens by id, revoked ones too; `next` is what to pass as `after` for those that follow."""
+
+    items: list[TokenView]
+    next: str | None
+
+
+class NewToken(_View, frozen=True):
+    """A token to be made: for an org or, without, for an admin."""
+
+    name: Name
+    org: OrgId | None = None
+    expires: Annotated[dt.datetime, Meta(tz=True)] | None = None
+
+
+class TokenMade(_View, frozen=True):
+    """A new token. `secret` is shown this once."""
+
+    token: TokenView
+    secret: str
+
+
+class AuditQuery(_View, frozen=True):
+    """Which entries, the latest first. `before` is `next` of the page before."""
+
+    before: Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")] | None = None
+    limit: Limit = 100
+    org: OrgId | None = None
+    plugin: PluginName | None = None
+    actor: Annotated[str, Meta(max_length=200)] | None = None
+    action: Annotated[str, Meta(max_length=100)] | None = None
+
+
+class AuditView(_View, frozen=True):
+    """Who did what to what, and how it ended. Never with a secret."""
+
+    id: int
+    at: dt.datetime
+    actor: str
+    action: str
+    org: str | None
+    plugin: str | None
+    outcome: str
+    details: dict[str, Any]
+
+
+class AuditPage(_View, frozen=True):
+    """Entries of the audit log, the latest first; `next` is what to pass as `before` for older ones."""
+
+    items: list[AuditView]
+    next: str | None

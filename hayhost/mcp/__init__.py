@@ -1,0 +1,6 @@
+"""MCP endpoints: an org's MCP servers, of one plugin or of all, for any MCP client."""
+
+from .access import Audit, LogAudit, NoLists, ToolCall, ToolPolicy
+from .gateway import METADATA_PATH, METHODS, Gateway
+
+__all__ = ["METADATA_PATH", "METHODS", "Audit", "Gateway", "LogAudit", "NoLists", "ToolCall", "ToolPolicy"]
