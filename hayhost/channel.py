@@ -30,6 +30,10 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+def _nobody(*_: Any) -> None:
+    """Nobody is told any more."""
+
+
 class Exits:
     """How the last children of a process ended, as it says: pid to exit code, or minus a signal."""
 
@@ -212,8 +216,9 @@ class Channel:
 
     def _end(self, reason: str) -> None:
         if not self.is_closed:
+            closed = self._closed
             self.close()
-            self._closed(reason)
+            closed(reason)
 
     def close(self) -> None:
         """Close the socket, which tells the child to end. Closing twice is safe."""
@@ -225,6 +230,8 @@ class Channel:
             self._loop.remove_writer(self._sock)
         self._sock.close()
         self._forget()
+        # They lead back to its owner, and so to itself: what has ended shall leave memory at once.
+        self._hello = self._receive = self._closed = _nobody
 
     def _forget(self) -> None:
         for _, descriptors in self._out:

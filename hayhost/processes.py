@@ -64,8 +64,9 @@ class Process:
             pass  # it is gone, or not ours to kill: either way its socket is closed next
 
     def _end(self) -> None:
+        exited = self._exited
         self.close()
-        self._exited()
+        exited()
 
     def close(self) -> None:
         """Stop watching. Closing twice is safe."""
@@ -73,6 +74,7 @@ class Process:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
+            self._exited = lambda: None  # it leads back to who holds this
 
 
 class _Output:

@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -129,20 +129,6 @@ class Worker:
             receive=self._receive,
             closed=self._end,
         )
-        self._handle: dict[type, Callable[[Any], None]] = {
-            wire.ResponseHead: self._on_head,
-            wire.Body: self._on_body,
-            wire.Abort: self._on_abort,
-            wire.Window: self._on_window,
-            wire.Log: lambda m: log.record(m.level, m.message, m.meta, m.request, m.dropped),
-            wire.Pong: self._on_pong,
-            wire.Ready: self._on_ready,
-            wire.HookDone: self._on_hook_done,
-            wire.McpServers: self._on_mcp_servers,
-            wire.McpNotice: lambda m: self.mcp_noticed(m),
-            wire.State: self._on_state,
-            wire.Failed: lambda m: self._end(m.error),
-        }
 
     # ---- its life
 
@@ -275,6 +261,8 @@ class Worker:
         self.told.clear()
         self._quiet.set()
         self._gone(self, reason)
+        self.released = self.mcp_changed = lambda: None  # they lead back here: it shall leave memory at once
+        self.mcp_noticed = lambda notice: None
 
     def how_it_ended(self) -> str | None:
         """Why it was ended, or what its zygote says of its end, if it has yet."""
@@ -513,13 +501,31 @@ class Worker:
                 self._ping = random.getrandbits(62)
                 self._channel.send(wire.Ping(self._ping))
 
+    def _on_log(self, message: wire.Log) -> None:
+        self._log.record(message.level, message.message, message.meta, message.request, message.dropped)
+
     def _receive(self, message: Any) -> None:
-        handle = self._handle.get(type(message))
+        handle = self._HANDLERS.get(type(message))
         if handle is None:
             self._end(f"protocol error: {type(message).__name__} out of turn")
         else:
-            handle(message)
+            handle(self, message)
 
     def misbehaved(self, how: str) -> None:
         """It does not keep to the protocol: it is ended, and its other requests are told."""
         self._end(f"protocol error: {how}")
+
+    _HANDLERS: ClassVar[dict[type, Callable[["Worker", Any], None]]] = {
+        wire.ResponseHead: _on_head,
+        wire.Body: _on_body,
+        wire.Abort: _on_abort,
+        wire.Window: _on_window,
+        wire.Log: _on_log,
+        wire.Pong: _on_pong,
+        wire.Ready: _on_ready,
+        wire.HookDone: _on_hook_done,
+        wire.McpServers: _on_mcp_servers,
+        wire.McpNotice: lambda worker, message: worker.mcp_noticed(message),
+        wire.State: _on_state,
+        wire.Failed: lambda worker, message: worker._end(message.error),
+    }

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -513,6 +514,41 @@ def test_deaths_leak_nothing_in_the_host(serve: Serve, plugins: Path) -> None:
     first = round_of_deaths()
     for _ in range(3):
         assert round_of_deaths() == first
+
+
+COUNTS_WORKERS = """
+import gc, signal, sys
+from hayhost.worker import Worker
+
+def count(*_):
+    print("workers in memory:", sum(isinstance(one, Worker) for one in gc.get_objects()), flush=True)
+
+gc.disable()
+signal.signal(signal.SIGUSR2, count)
+sys.argv = sys.argv[4:]
+from hayhost.cli import main
+main()
+"""
+
+
+def test_what_has_ended_leaves_memory_at_once(plugins: Path) -> None:
+    arguments = ["serve", str(plugins), "--mode", "test", "--port", "0", "--log-format", "json"]
+    prefix = [sys.executable, "-P", "-c", COUNTS_WORKERS]
+    host = HostProcess([*arguments, "--max-workers", "3", "--spares", "0"], prefix=prefix).wait_ready()
+    try:
+        for number in range(20):
+            pid_of(host, f"org{number}")
+        kill(pid_of(host, "org19"))
+        wait_until(lambda: host.get("/plugins/p/org19/pid").status == 200, "it is served again")
+
+        def counted() -> bool:
+            before = host.log.count("workers in memory: ")
+            os.kill(host.pid, signal.SIGUSR2)
+            return host.wait_for_log("workers in memory: ", before + 1).endswith("workers in memory: 3\n")
+
+        wait_until(counted, "there are no more in memory than there are")
+    finally:
+        host.kill()
 
 
 def wait_until_steady(value: Callable[[], int]) -> int:
