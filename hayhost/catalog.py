@@ -15,6 +15,7 @@ from .errors import HostError, ManifestError, PluginLoadError, SettingsError, Un
 from .isolation import Isolation
 from .logs import PluginLog, get_logger
 from .manifest import Manifest, is_plugin_folder, read_manifest
+from .metrics.counts import PluginCounts
 from .processes import Nursery
 from .version import Version, load_version, spec_of
 
@@ -122,6 +123,7 @@ class Plugin:
         """Called when another version serves to whose loading nobody will exchange the workers."""
         self.exchanging = asyncio.Lock()
         """Held by whoever lets another version serve on purpose."""
+        self.counts = PluginCounts()
         self.closed = False
         self.log = PluginLog(plugin=manifest.name)
         self._nursery = nursery
@@ -169,6 +171,7 @@ class Plugin:
         self.error = str(error)
         self.traceback = error.traceback if isinstance(error, PluginLoadError) else ""
         took = (time.monotonic() - started) * 1000
+        self.counts.load(action, "error", took / 1000)
         version = (self.tried or self.manifest).version
         self.history.append(LoadRecord(time.time(), action, self.seen, version, took, self.error))
         self.reported()
@@ -185,6 +188,7 @@ class Plugin:
         self.log.bind(version=version.manifest.version)
         version.zygote.lost = lambda: self._lost(version)
         took = (time.monotonic() - started) * 1000
+        self.counts.load(action, "ok", took / 1000)
         self.history.append(
             LoadRecord(time.time(), action, version.digest, version.manifest.version, took, changes=changes or [])
         )

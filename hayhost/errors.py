@@ -5,11 +5,13 @@ from itertools import islice
 from typing import ClassVar
 
 __all__ = [
+    "BreakerOpenError",
     "ConflictError",
     "ExistsError",
     "HostError",
     "InvalidError",
     "ManifestError",
+    "NoWorkerError",
     "NotAllowedError",
     "NotFoundError",
     "PluginLoadError",
@@ -117,6 +119,8 @@ class RequestError(Exception):
     """A request that is answered with ``status`` and ``{"error": message}``; the fault is named by the subclass."""
 
     status: int = 500
+    reason: ClassVar[str] = "other"
+    """What it is called in the metrics."""
 
     def __init__(self, message: str, *, status: int | None = None, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -129,6 +133,7 @@ class UnavailableError(RequestError):
     """Nothing can serve the request now. ``retry_after`` is in seconds."""
 
     status = 503
+    reason = "unavailable"
 
     def __init__(self, message: str, retry_after: float = 1) -> None:
         super().__init__(message, headers={"Retry-After": str(max(1, round(retry_after)))})
@@ -137,18 +142,36 @@ class UnavailableError(RequestError):
 class QueueFullError(UnavailableError):
     """As many requests wait as may."""
 
+    reason = "queue_full"
+
+
+class NoWorkerError(UnavailableError):
+    """No worker took the request within its time limit."""
+
+    reason = "no_worker"
+
+
+class BreakerOpenError(UnavailableError):
+    """Starts of the worker failed so often that it is given a rest."""
+
+    reason = "breaker_open"
+
 
 class StartFailedError(UnavailableError):
     """The worker never became ready."""
+
+    reason = "start_failed"
 
 
 class WorkerLostError(RequestError):
     """The worker died, or broke the protocol, with the request in its hands. It is never sent again."""
 
     status = 502
+    reason = "worker_lost"
 
 
 class RequestTimeoutError(RequestError):
     """The handler did not begin to answer within the request's time limit."""
 
     status = 504
+    reason = "timeout"

@@ -14,7 +14,7 @@ from tornado.iostream import StreamClosedError
 from sandbox import wire
 
 from .answers import Answer, NotYetError, Principal
-from .errors import RequestError, RequestTimeoutError, StoreError, UnavailableError, WorkerLostError
+from .errors import NoWorkerError, RequestError, RequestTimeoutError, StoreError, UnavailableError, WorkerLostError
 from .logs import get_logger
 from .responses import (
     BadRequestError,
@@ -76,6 +76,8 @@ class Exchange(HTTPMessageDelegate):
         self.deadline = 0.0
         self.started = 0.0
         self.slot: Slot | None = None
+        self.counts = front.counts.other
+        """Where it counts, once it is known where it goes."""
         self.principal: Principal | None = None
         """Whose request it is, once that was asked for."""
         self._front = front
@@ -334,7 +336,7 @@ class Exchange(HTTPMessageDelegate):
         elif worker is not None:
             self.refuse(RequestTimeoutError(f"The plugin did not answer within {limit}"))
         else:
-            self.refuse(UnavailableError(f"No worker became free within {limit}"))
+            self.refuse(NoWorkerError(f"No worker became free within {limit}"))
 
     # ---- the answer, from the worker
 
@@ -410,6 +412,8 @@ class Exchange(HTTPMessageDelegate):
 
     def refuse(self, error: RequestError, *, last: bool = False) -> None:
         """Answer with an error as JSON; if it is the ``last`` answer on its connection, without the request's rest."""
+        if error.status >= 502:
+            self.counts.of.refused[error.status, error.reason] += 1
         headers = {**error.headers, "Connection": "close"} if last else error.headers
         self.answer(Answer(error.status, {"error": error.message}, headers))
         if last:
@@ -466,7 +470,7 @@ class Exchange(HTTPMessageDelegate):
         if self.version == "HTTP/1.0" and "Content-Length" not in headers and status not in _BODILESS:
             self._until_close = True  # nothing else tells such a client where the body ends
             self._headers.pop("Connection", None)  # or Tornado promises that the connection stays
-        self._front.answering(self)
+        self._front.answered(self)
         future = self._connection.write_headers(start_line(status), headers, body)
         self._resume()  # an upload that nobody wants any more is read to its end and dropped
         return future
@@ -478,7 +482,7 @@ class Exchange(HTTPMessageDelegate):
     def _write_whole(self, head: bytes, message: wire.ResponseHead) -> None:
         self._headed = True
         self.status = message.status
-        self._front.answering(self)
+        self._front.answered(self)
         self._connection.write(
             b"%sContent-Length: %d\r\n%s%s" % (head, len(message.body), self._front.end_of_head(), message.body)
         )
@@ -537,6 +541,7 @@ class Exchange(HTTPMessageDelegate):
     def _break_off(self) -> None:
         """Close the connection, so that the client cannot take what it has for the whole."""
         if not self._closed:
+            self.counts.of.broken_off += 1
             self._close()
             self._connection.close()
 

@@ -27,6 +27,8 @@ from .layout import Layout, Own, Place
 from .logs import get_logger
 from .management import Management
 from .mcp import METADATA_PATH, METHODS, Gateway
+from .metrics.counts import LEFT, Counts
+from .metrics.histogram import Histogram
 from .pool import Pool
 from .rates import Rates
 from .responses import RequestHead
@@ -65,6 +67,10 @@ class Front(HTTPServerConnectionDelegate):
         self.loop = asyncio.get_running_loop()
         self.open: set[Exchange] = set()
         self.stopping = False
+        self.counts = Counts()
+        """Of requests to the host itself, and to nobody."""
+        self.loop_lag = Histogram()
+        """By how much a timer was late, four times a second."""
         self._management = management
         self._pool: Pool = management.pool
         self._rates = Rates(settings)
@@ -117,9 +123,20 @@ class Front(HTTPServerConnectionDelegate):
         """Nobody is waited for just now."""
         self._due.pop(exchange, None)
 
+    def answered(self, exchange: Exchange) -> None:
+        """The head of its answer leaves now."""
+        self._due.pop(exchange, None)
+        now = self.loop.time()
+        seconds = now - exchange.started
+        exchange.counts.add(exchange.status, seconds)
+        if exchange.slot is not None:
+            exchange.slot.answered(now, seconds, exchange.status)
+
     def closed(self, exchange: Exchange) -> None:
         """The exchange is over."""
         self._due.pop(exchange, None)
+        if not exchange.status:
+            exchange.counts.add(LEFT, self.loop.time() - exchange.started)
         self.open.discard(exchange)
         if not self.open:
             self.nothing_open.set()
@@ -151,8 +168,10 @@ class Front(HTTPServerConnectionDelegate):
 
     async def _tick(self) -> None:
         while True:
+            due = self.loop.time() + _TICK
             await asyncio.sleep(_TICK)
             now = self.loop.time()
+            self.loop_lag.add(now - due)
             while self._due:
                 exchange = next(iter(self._due))
                 if exchange.deadline > now:
@@ -195,12 +214,15 @@ class Front(HTTPServerConnectionDelegate):
             self._to_mcp(exchange, headers, org_id, None)
             return
         place = self._find(exchange.path)
+        exchange.counts = place.plugin.counts.other
         if not place.plugin.settled.is_set():
             raise NotYetError(place.plugin.settled.wait, "The plugin is still loading")
         if place.path == "/mcp":
             self._to_mcp(exchange, headers, place.org_id, place.plugin)
             return
         method = HOST_ROUTES.get(place.path)
+        if method is not None:
+            exchange.counts = place.plugin.counts.route(exchange.method, place.path)
         if method is not None and place.path not in ("/metadata", "/health"):
             self.access.check_origin(headers, exchange.peer)
             self._need_principal(exchange, headers, place.org_id)
@@ -220,6 +242,8 @@ class Front(HTTPServerConnectionDelegate):
         version = slot.worker.version if slot is not None and slot.worker is not None else self._loaded(place)
         found = self.match(exchange, version)
         if found is not None:
+            route = version.metadata.routes[found.route]
+            exchange.counts = place.plugin.counts.route(route.method, route.path)
             exchange.to_plugin(slot or self._pool.slot(place.plugin, place.org_id), found.route, found.params, version)
 
     def match(self, exchange: Exchange, version: Version) -> Match | None:
@@ -241,6 +265,10 @@ class Front(HTTPServerConnectionDelegate):
 
     def _to_mcp(self, exchange: Exchange, headers: HTTPHeaders, org_id: str, plugin: Plugin | None) -> None:
         """To the endpoint of an org's MCP servers, those of ``plugin`` or all."""
+        if plugin is not None:
+            exchange.counts = plugin.counts.route(exchange.method, "/mcp")
+        else:
+            exchange.counts = self.counts.route(exchange.method, "/orgs/{org}/mcp")
         self.access.check_origin(headers, exchange.peer)
         if not self._is_method(exchange, METHODS):
             return
@@ -290,6 +318,7 @@ class Front(HTTPServerConnectionDelegate):
             raise RequestError("The token is good for another organisation only", status=403)
 
     def _route_own(self, exchange: Exchange, head: RequestHead, headers: HTTPHeaders, own: Own) -> None:
+        exchange.counts = self.counts.route(exchange.method, own.route)
         if own.managing:
             self.access.check_origin(headers, exchange.peer, navigation=own.navigation)
         if not self._is_method(exchange, frozenset(own.methods)):

@@ -32,11 +32,13 @@ class Place(msgspec.Struct, frozen=True):
 class Own(msgspec.Struct, frozen=True):
     """A path of the host's own, outside every worker.
 
-    With ``managing`` only the host's own address may be used, and a token is needed as soon as there is one, unless it
-    is ``open``. With ``navigation`` a browser may be sent there by another site.
+    ``route`` is what all paths like it are called. With ``managing`` only the host's own address may be used, and a
+    token is needed as soon as there is one, unless it is ``open``. With ``navigation`` a browser may
+    be sent there by another site.
     """
 
     methods: Mapping[str, Handler]
+    route: str
     managing: bool = True
     open: bool = False
     navigation: bool = False
@@ -74,7 +76,7 @@ class Site:
         self._api = api
         self._check = check
         self.ready = False
-        self._own = {"/healthz": _get(self._healthz), "/readyz": _get(self._readyz)}
+        self._own = {"/healthz": _get(self._healthz, "/healthz"), "/readyz": _get(self._readyz, "/readyz")}
 
     def find(self, path: str) -> Place:
         found = _WORKER_URL.fullmatch(path)
@@ -91,7 +93,7 @@ class Site:
             found = self._api.find(path)
             if found is None:
                 return None
-            return Own(_with_head(found.methods), open=found.open, navigation=found.navigation)
+            return Own(_with_head(found.methods), found.route, open=found.open, navigation=found.navigation)
         return self._own.get(path)
 
     def org(self, path: str) -> str | None:
@@ -137,5 +139,5 @@ def _with_head(methods: Mapping[str, Handler]) -> Mapping[str, Handler]:
     return {**methods, "HEAD": methods["GET"]} if "GET" in methods else methods
 
 
-def _get(handler: Handler) -> Own:
-    return Own(_with_head({"GET": handler}), managing=False)
+def _get(handler: Handler, route: str) -> Own:
+    return Own(_with_head({"GET": handler}), route, managing=False)

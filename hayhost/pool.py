@@ -149,7 +149,9 @@ class Pool:
         quarters: Quarters | None = None
         try:
             quarters = await self._quarters(zygote)
-            return Worker(version, zygote, quarters, self.isolation, log, self._gone), zygote
+            worker = Worker(version, zygote, quarters, self.isolation, log, self._gone)
+            worker.hooked = plugin.counts.hook
+            return worker, zygote
         except BaseException:
             if quarters is not None and quarters.scratch:
                 self._scratches(zygote).drop(quarters.name)
@@ -190,6 +192,7 @@ class Pool:
                     return True
         for worker, slot in self.lru.items():
             if worker.idle and not slot.lock.locked():
+                slot.plugin.counts.stopped["evicted"] += 1
                 self._dismiss(worker, slot)
                 return True
         return False
@@ -261,6 +264,7 @@ class Pool:
             for worker, slot in list(self.lru.items()):
                 if worker.used < now - self.settings.idle_timeout:
                     if worker.idle and not slot.lock.locked() and not self.keep_idle:
+                        slot.plugin.counts.stopped["idle"] += 1
                         self._dismiss(worker, slot)
                 elif worker.idle and not worker.cancelled:
                     worker.pinged = None

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .catalog import Plugin
-from .errors import QueueFullError, RequestError, StartFailedError, StoreError, UnavailableError
+from .errors import BreakerOpenError, QueueFullError, RequestError, StartFailedError, StoreError, UnavailableError
 from .installs import Installation
 from .logs import get_logger
+from .metrics.histogram import Recent
 from .states import WorkerState
 from .supervisor import Backoff, Breaker
 from .version import Version
@@ -51,8 +52,13 @@ class Slot:
         self.breaker = Breaker()
         self.last_error = ""
         self.restarts = 0
+        self.errors = 0
+        """Answers with 5xx."""
+        self.recent: Recent | None = None
+        """Its requests of the last minutes, once there was one."""
         self.trial_error = ""
-        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        self.queue: OrderedDict[Waiter, float] = OrderedDict()
+        """Requests that wait for the worker, and since when."""
         self._pool = pool
         self._starting: asyncio.Task[None] | None = None
         self._closed = ""  # why nothing is started any more
@@ -90,14 +96,22 @@ class Slot:
         elif worker is None:
             wait = self.breaker.refuses_for(pool.loop.time())
             if wait > 0:
-                waiter.failed(UnavailableError(f"The worker does not start: {self.breaker.reason}", wait))
+                waiter.failed(BreakerOpenError(f"The worker does not start: {self.breaker.reason}", wait))
                 return
         if len(self.queue) >= pool.settings.max_queue:
             waiter.failed(QueueFullError("Too many requests wait for this worker"))
             return
-        self.queue[waiter] = None
+        self.queue[waiter] = pool.loop.time()
         if worker is None:
             self.ensure_starting()
+
+    def answered(self, now: float, seconds: float, status: int) -> None:
+        """A request of the org's is being answered ``now``, after ``seconds``."""
+        if self.recent is None:
+            self.recent = Recent(now)
+        self.recent.add(now, seconds, status >= 500)
+        if status >= 500:
+            self.errors += 1
 
     def current(self) -> "Slot":
         """The slot of this org now: an idle one is dropped, also while a request that was routed to it is read."""
@@ -165,6 +179,7 @@ class Slot:
         ``StartFailedError`` and the like, which are counted if it serves.
         """
         pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
+        began = pool.loop.time()
         worker: Worker | None = None
         replacing = serve and self.worker is not None
         try:
@@ -184,7 +199,10 @@ class Slot:
                 worker.kill()
             error = problem if isinstance(problem, UnavailableError) else StartFailedError(str(problem))
             if serve:
+                counts, was_open = self.plugin.counts, self.breaker.is_open
                 self.breaker.failed(pool.loop.time(), error.message)
+                counts.failed_starts += 1
+                counts.breakers_opened += self.breaker.is_open and not was_open
                 self.last_error = error.message
                 pool.told(self)
                 get_logger().error(
@@ -203,6 +221,8 @@ class Slot:
         )
         if serve:
             self.breaker.succeeded()
+            phases = {name: ms / 1000 for name, ms in worker.phases().items()}
+            self.plugin.counts.started(phases, pool.loop.time() - began)
         return worker
 
     def adopt(self, worker: Worker) -> None:
@@ -227,7 +247,9 @@ class Slot:
         while self.queue and not self._held and self.worker is not None and self.worker.lifecycle.state.serving:
             if len(self.worker.streams) >= self._pool.settings.max_requests:
                 return
-            self.queue.popitem(last=False)[0].begin(self.worker)
+            waiter, since = self.queue.popitem(last=False)
+            self.plugin.counts.waits.add(self._pool.loop.time() - since)
+            waiter.begin(self.worker)
 
     def _fail_queue(self, error: RequestError) -> None:
         queue, self.queue = self.queue, OrderedDict()
@@ -251,6 +273,7 @@ class Slot:
         self.last_error = told = f"the worker died while it served: {reason}"
         self.backoff.crashed(self._pool.loop.time())
         self.restarts += 1
+        self.plugin.counts.restarts += 1
         self._pool.loop.call_later(ZYGOTE_REPORTS, self._explain, worker, told, reason)
         self.ensure_starting()
         self._pool.told(self)

@@ -78,12 +78,16 @@ class Worker:
         self.lifecycle = Lifecycle(WorkerState.STOPPED)
         self.lifecycle.to(WorkerState.STARTING)
         self.asked = time.monotonic_ns()
+        self.started_at = time.time()
+        """When it was started for its org; for a spare, when it was made."""
         self.stamps: list[wire.Stamp] = []
         """Phases of its start with the CLOCK_MONOTONIC nanoseconds at which each ended; ``asked`` began them."""
         self.hook_times: dict[str, tuple[int, int]] = {}
         self.requests = 0
         self.used = loop.time()
         self.mcp_servers: list[wire.McpServer] = []
+        self.hooked: Callable[[str, float, bool], None] = lambda name, seconds, failed: None
+        """Called with every hook that has run, how long it took, and whether it failed."""
         self.mcp_changed: Callable[[], None] = lambda: None
         """Called when ``mcp_servers`` is another."""
         self.mcp_noticed: Callable[[wire.McpNotice], None] = lambda notice: None
@@ -196,6 +200,7 @@ class Worker:
         except wire.ProtocolError as error:
             raise StartFailedError(f"the org's settings are too large: {error}") from None
         self._identified = True
+        self.started_at = time.time()
         if self._broker is not None:
             network = self.version.manifest.permissions.network
             self._isolation.egress.attach(
@@ -217,8 +222,9 @@ class Worker:
             return
         self.stamps += message.stamps
         phases = [stamp for stamp in message.stamps if stamp[0] in ("identity", "on_start")]
+        failed = bool(message.error) and self.installation is not None and message.error != self.installation.problem
         if len(phases) == 2:  # the hook runs right after the identity is taken
-            self.hook_times["on_start"] = (phases[0][1], phases[1][1])
+            self._hook_ran("on_start", phases[0][1], phases[1][1], failed)
         self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
         self._ready.set_result(message.error)
 
@@ -471,12 +477,17 @@ class Worker:
             raise WorkerLostError(f"{name} did not finish within {timeout:g} s") from None
         finally:
             self._hooks.pop(id, None)
-        self.hook_times[name] = (result.started, result.ended)
+        self._hook_ran(name, result.started, result.ended, bool(result.error))
         return result
+
+    def _hook_ran(self, name: str, started: int, ended: int, failed: bool) -> None:
+        self.hook_times[name] = (started, ended)
+        if name in self.version.hooks:
+            self.hooked(name, (ended - started) / 1e9, failed)
 
     def _on_hook_done(self, message: wire.HookDone) -> None:
         if message.id == 0:  # the hook of a Stop
-            self.hook_times[self.lifecycle.why] = (message.started, message.ended)
+            self._hook_ran(self.lifecycle.why, message.started, message.ended, bool(message.error))
         elif (future := self._hooks.get(message.id)) is not None and not future.done():
             future.set_result(message)
 

@@ -26,6 +26,7 @@ from hayhost.isolation import Isolation, Quarters
 from hayhost.logs import PluginLog
 from hayhost.pool import Pool
 from hayhost.processes import Zygote
+from hayhost.metrics.counts import PluginCounts
 from hayhost.settings import Settings
 from hayhost.states import WorkerState
 from hayhost.version import Version
@@ -817,6 +818,7 @@ class FakePlugin:
 
     def __init__(self, forker: Forker) -> None:
         self.current = FakeVersion(forker)
+        self.counts = PluginCounts()
 
     async def ready_version(self) -> "FakeVersion":
         return self.current

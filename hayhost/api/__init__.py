@@ -27,12 +27,16 @@ _ROOT: Final = "/api/v1"
 
 
 class Endpoint:
-    """What answers one path: handlers by method, and whether they are open to all, or to a browser on its way."""
+    """What answers one path: handlers by method, and whether they are open to all, or to a browser on its way.
+
+    ``route`` is the template of all paths like it.
+    """
 
     def __init__(self, operations: Mapping[str, Operation], params: Mapping[str, str]) -> None:
         self.methods: dict[str, Handler] = {
             method: self._handler(operation, params) for method, operation in operations.items()
         }
+        self.route = _ROOT + next(iter(operations.values())).path
         self.open = all(operation.scope == "open" for operation in operations.values())
         self.navigation = any(operation.navigation for operation in operations.values())
 

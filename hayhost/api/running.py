@@ -1,5 +1,6 @@
 """What runs: plugins, workers, and events as they happen."""
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from heapq import nsmallest
@@ -11,6 +12,8 @@ from hayhost.answers import Answer
 from hayhost.catalog import Plugin
 from hayhost.errors import RequestError
 from hayhost.events import Events
+from hayhost.metrics.histogram import Latency
+from hayhost.metrics.sampling import Sample, sample_all
 from hayhost.pool import Pool
 from hayhost.reload import rollback
 from hayhost.slot import Slot
@@ -19,7 +22,7 @@ from hayhost.version import Version
 from .operations import Operation, Request
 from .views import LoadView, PluginList, PluginView, VersionView, WorkerPage, WorkerQuery, WorkerView
 
-__all__ = ["Running", "describe_worker"]
+__all__ = ["Running"]
 
 
 class Running:
@@ -120,7 +123,17 @@ class Running:
         after = query.after
         page = nsmallest(query.limit + 1, ((key, slot) for key, slot in chosen if key > after), key=lambda one: one[0])
         following = page[query.limit - 1][0] if len(page) > query.limit else None
-        return Answer(200, WorkerPage(items=[describe_worker(slot) for _, slot in page[: query.limit]], next=following))
+        slots = [slot for _, slot in page[: query.limit]]
+        pids = [slot.worker.pid for slot in slots if query.memory and slot.worker is not None]
+        samples = await self._pool.loop.run_in_executor(None, sample_all, pids) if pids else {}
+        now = self._pool.loop.time()
+        epoch = time.time() - now
+        items = []
+        for slot in slots:
+            taken = samples.get(slot.worker.pid, Sample()) if slot.worker is not None else Sample()
+            latency = slot.recent.read(now, epoch) if slot.recent is not None else Latency()
+            items.append(_describe_worker(slot, taken, latency))
+        return Answer(200, WorkerPage(items=items, next=following))
 
     async def _listen(self, request: Request) -> Answer:
         check = partial(self._access.principal, request.call.headers)
@@ -133,10 +146,9 @@ def _version(version: Version | None) -> VersionView | None:
     return VersionView(version=version.manifest.version, digest=version.digest, loaded_at=round(version.loaded_at, 3))
 
 
-def describe_worker(slot: Slot) -> WorkerView:
+def _describe_worker(slot: Slot, taken: Sample, latency: Latency) -> WorkerView:
     """What an org's plugin is doing."""
     worker = slot.worker
-    memory = worker.memory() if worker is not None else {"rss": None, "pss": None}
     return WorkerView(
         plugin=slot.plugin.name,
         org=slot.org_id,
@@ -150,7 +162,12 @@ def describe_worker(slot: Slot) -> WorkerView:
         in_flight=len(worker.streams) if worker is not None else 0,
         waiting=len(slot.queue),
         restarts=slot.restarts,
-        rss=memory["rss"],
-        pss=memory["pss"],
+        errors=slot.errors,
+        latency=latency,
+        started_at=round(worker.started_at, 3) if worker is not None else None,
+        rss=taken.rss,
+        pss=taken.pss,
+        private_dirty=taken.private_dirty,
+        cpu_seconds=taken.cpu_seconds,
         last_error=slot.last_error or None,
     )

@@ -4,9 +4,10 @@ import datetime as dt
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType, field
 
 from hayhost.installs import Auth, AuthValidity
+from hayhost.metrics.histogram import Latency
 from hayhost.names import ORG_ID, PLUGIN_NAME
 
 __all__ = [
@@ -248,10 +249,15 @@ class WorkerQuery(_View, frozen=True):
     limit: Limit = 100
     plugin: PluginName | None = None
     org: OrgId | None = None
+    memory: Annotated[bool, Meta(description="Whether to look at what processes take; it is what a page costs.")] = True
 
 
 class WorkerView(_View, frozen=True):
-    """The worker of an org's plugin, or why there is none. Sizes are in bytes, times in seconds since 1970."""
+    """The worker of an org's plugin, or why there is none. Sizes are in bytes, times in seconds since 1970.
+
+    `errors` are answers with 5xx, and `latency` is of the time until answers began: both are of the org's requests over
+    all its workers, until the plugin was last stopped for want of requests.
+    """
 
     plugin: PluginName
     org: OrgId
@@ -265,8 +271,13 @@ class WorkerView(_View, frozen=True):
     in_flight: int
     waiting: int
     restarts: int
+    errors: int
+    latency: Latency
+    started_at: float | None = field(name="started_at")
     rss: int | None
     pss: int | None
+    private_dirty: int | None = field(name="private_dirty")
+    cpu_seconds: float | None = field(name="cpu_seconds")
     last_error: str | None
 
 

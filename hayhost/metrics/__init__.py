@@ -1,0 +1,3 @@
+"""What the host counts of itself while it works, and ``/metrics``, where that can be read."""
+
+__all__: list[str] = []
