@@ -126,6 +126,7 @@ class Plugin:
         self.counts = PluginCounts()
         self.closed = False
         self.log = PluginLog(plugin=manifest.name)
+        self.log.counts = self.counts.log
         self._nursery = nursery
         self._isolation = isolation
         self._hook_timeout = hook_timeout
@@ -184,6 +185,7 @@ class Plugin:
         if old is not None and old is not version:
             self._keep(old)
         self.manifest = version.manifest
+        self.counts.keep((route.method, route.path) for route in version.metadata.routes)
         self.error = self.traceback = ""
         self.log.bind(version=version.manifest.version)
         version.zygote.lost = lambda: self._lost(version)

@@ -94,6 +94,8 @@ class Egress:
         self._logs: OrderedDict[str, _Log] = OrderedDict()
         self.counters: OrderedDict[tuple[str, str], Counters] = OrderedDict()
         """Per (plugin, org); of the most recent ones."""
+        self.totals: dict[str, Counters] = {}
+        """Per plugin."""
 
     @property
     def pid(self) -> int:
@@ -216,22 +218,17 @@ class Egress:
             if message.reason:
                 self._log(worker, "the worker is cut off from the network", reason=message.reason)
             return
-        counters = _recent(self.counters, worker, Counters)
+        for counters in (_recent(self.counters, worker, Counters), self.totals.setdefault(worker[0], Counters())):
+            _count(counters, message)
         endpoint = {"host": message.host, "port": message.port}
         if isinstance(message, messages.Connected):
-            counters.connected += 1
             self._log(worker, "connected", **endpoint, address=message.address, ms=message.ms)
         elif isinstance(message, messages.Closed):
-            counters.closed += 1
-            counters.sent += message.sent
-            counters.received += message.received
             said = {"sent": message.sent, "received": message.received, "source": "worker"}
             self._log(worker, "connection closed", **endpoint, **said)
         elif message.policy:
-            counters.refused += 1
             self._log(worker, "connection refused", **endpoint, reason=message.reason)
         else:
-            counters.failed += 1
             self._log(worker, "connection failed", **endpoint, reason=message.reason)
 
     def _log(self, worker: tuple[str, str], event: str, **fields: Any) -> None:
@@ -251,6 +248,19 @@ class Egress:
         if self._channel is not None:
             self._channel.close()
         self._end()
+
+
+def _count(counters: Counters, message: messages.Connected | messages.Closed | messages.Refused) -> None:
+    if isinstance(message, messages.Connected):
+        counters.connected += 1
+    elif isinstance(message, messages.Closed):
+        counters.closed += 1
+        counters.sent += message.sent
+        counters.received += message.received
+    elif message.policy:
+        counters.refused += 1
+    else:
+        counters.failed += 1
 
 
 def _recent(kept: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:

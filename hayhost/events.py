@@ -39,6 +39,11 @@ class Events:
         self._last = time.time_ns() // 1_000_000  # so that ids grow over restarts
         self._closed = False
 
+    @property
+    def listeners(self) -> int:
+        """How many listen."""
+        return len(self._listeners)
+
     def publish(self, kind: str, org: str | None, data: Callable[[], dict[str, Any]]) -> None:
         """Tell all listeners; ``data`` is asked for only if there are any."""
         if not self._listeners:

@@ -184,6 +184,11 @@ class Front(HTTPServerConnectionDelegate):
         for _, connection in list(itertools.takewhile(lambda idle: idle[0] < now, self._idle.values())):
             connection.close()
 
+    @property
+    def idle_connections(self) -> int:
+        """How many connections wait for a request."""
+        return len(self._idle)
+
     def close(self) -> None:
         """Stop the clock."""
         self._ticker.cancel()
@@ -222,7 +227,7 @@ class Front(HTTPServerConnectionDelegate):
             return
         method = HOST_ROUTES.get(place.path)
         if method is not None:
-            exchange.counts = place.plugin.counts.route(exchange.method, place.path)
+            exchange.counts = place.plugin.counts.host(exchange.method, place.path)
         if method is not None and place.path not in ("/metadata", "/health"):
             self.access.check_origin(headers, exchange.peer)
             self._need_principal(exchange, headers, place.org_id)
@@ -266,9 +271,9 @@ class Front(HTTPServerConnectionDelegate):
     def _to_mcp(self, exchange: Exchange, headers: HTTPHeaders, org_id: str, plugin: Plugin | None) -> None:
         """To the endpoint of an org's MCP servers, those of ``plugin`` or all."""
         if plugin is not None:
-            exchange.counts = plugin.counts.route(exchange.method, "/mcp")
+            exchange.counts = plugin.counts.host(exchange.method, "/mcp")
         else:
-            exchange.counts = self.counts.route(exchange.method, "/orgs/{org}/mcp")
+            exchange.counts = self.counts.host(exchange.method, "/orgs/{org}/mcp")
         self.access.check_origin(headers, exchange.peer)
         if not self._is_method(exchange, METHODS):
             return
@@ -318,7 +323,7 @@ class Front(HTTPServerConnectionDelegate):
             raise RequestError("The token is good for another organisation only", status=403)
 
     def _route_own(self, exchange: Exchange, head: RequestHead, headers: HTTPHeaders, own: Own) -> None:
-        exchange.counts = self.counts.route(exchange.method, own.route)
+        exchange.counts = self.counts.host(exchange.method, own.route)
         if own.managing:
             self.access.check_origin(headers, exchange.peer, navigation=own.navigation)
         if not self._is_method(exchange, frozenset(own.methods)):

@@ -27,7 +27,8 @@ from .layout import Layout, Site
 from .logs import get_logger
 from .management import Management
 from .manifest import Manifest
-from .mcp import Gateway, LogAudit, NoLists, ToolPolicy
+from .mcp import CountedAudit, Gateway, LogAudit, NoLists, ToolPolicy
+from .metrics.endpoint import Metrics, Sources
 from .pool import Pool
 from .processes import Nursery
 from .settings import Settings
@@ -107,7 +108,7 @@ class Host:
         self._refresher: Refresher | None = None
         if store is not None:
             self._authorizations, self._refresher = self._oauth(store)
-        self.mcp = Gateway(self.pool, self.plugins, policy or NoLists(), LogAudit())
+        self.mcp = Gateway(self.pool, self.plugins, policy or NoLists(), CountedAudit(LogAudit(), self.plugins))
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
         self.front: Front | None = None
@@ -190,7 +191,20 @@ class Host:
     def site(self) -> Site:
         """The layout of a host that serves many plugins for many orgs."""
         api = Api(self.management, self.plugins, self.events, self.access, self.store, self._authorizations)
-        return Site(self.plugins, self.installs, api, self.store.ping if self.store is not None else None)
+        metrics = Metrics(lambda: self._sources)
+        return Site(self.plugins, self.installs, api, metrics.answer, self.store.ping if self.store else None)
+
+    @property
+    def _sources(self) -> Sources:
+        assert self.front is not None  # who asks has reached it
+        return Sources(
+            self.pool,
+            self.plugins,
+            self.front,
+            self.events,
+            self.store.counts if self.store is not None else None,
+            self._refresher.outcomes if self._refresher is not None else {},
+        )
 
     def _told(self, slot: Slot) -> None:
         state = slot.state.label

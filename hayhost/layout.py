@@ -68,15 +68,20 @@ class Site:
         plugins: Mapping[str, Plugin],
         installs: Installs,
         api: Api,
+        metrics: Handler,
         check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``check()`` raises ``StoreError`` if the store cannot be reached."""
+        """``metrics`` answers ``/metrics``. ``check()`` raises ``StoreError`` if the store cannot be reached."""
         self._plugins = plugins
         self._installs = installs
         self._api = api
         self._check = check
         self.ready = False
-        self._own = {"/healthz": _get(self._healthz, "/healthz"), "/readyz": _get(self._readyz, "/readyz")}
+        self._own = {
+            "/healthz": _get(self._healthz, "/healthz"),
+            "/readyz": _get(self._readyz, "/readyz"),
+            "/metrics": Own(_with_head({"GET": metrics}), "/metrics"),
+        }
 
     def find(self, path: str) -> Place:
         found = _WORKER_URL.fullmatch(path)

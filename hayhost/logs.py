@@ -16,6 +16,8 @@ from typing import Any, Final, TextIO
 import msgspec
 import structlog
 
+from .metrics.counts import LogCounts
+
 __all__ = ["PluginLog", "configure", "get_logger"]
 
 # Per worker: what an operator can read, and a busy plugin's burst. The rest is counted.
@@ -138,6 +140,8 @@ class PluginLog:
         self._tokens = float(_BURST)
         self._refilled = time.monotonic()
         self._dropped = 0
+        self.counts = LogCounts()
+        """Where its records are counted."""
 
     def bind(self, **context: Any) -> None:
         """Add to what every line says of where it is from."""
@@ -149,9 +153,12 @@ class PluginLog:
         self._tokens = min(_BURST, self._tokens + (now - self._refilled) * _RATE)
         self._refilled = now
         self._dropped += dropped
+        self.counts.dropped += dropped
         if self._tokens < 1:
             self._dropped += 1
+            self.counts.dropped += 1
             return
+        self.counts.by_level[level] += 1
         self._tokens -= 1
         extra: dict[str, Any] = {"source": "plugin"}
         if request:

@@ -146,6 +146,7 @@ class Pool:
         version = version or await plugin.ready_version()
         zygote = (await plugin.twin(version)).zygote if version.strict else version.zygote
         log = PluginLog(plugin=plugin.name, version=version.manifest.version)
+        log.counts = plugin.counts.log
         quarters: Quarters | None = None
         try:
             quarters = await self._quarters(zygote)

@@ -52,8 +52,9 @@ class Slot:
         self.breaker = Breaker()
         self.last_error = ""
         self.restarts = 0
+        self.requests = 0
         self.errors = 0
-        """Answers with 5xx."""
+        """Answers, and those of them with 5xx."""
         self.recent: Recent | None = None
         """Its requests of the last minutes, once there was one."""
         self.trial_error = ""
@@ -110,6 +111,7 @@ class Slot:
         if self.recent is None:
             self.recent = Recent(now)
         self.recent.add(now, seconds, status >= 500)
+        self.requests += 1
         if status >= 500:
             self.errors += 1
 

@@ -24,9 +24,9 @@ from hayhost.inspection import Descriptors
 from hayhost.installs import Installation, TestInstalls
 from hayhost.isolation import Isolation, Quarters
 from hayhost.logs import PluginLog
+from hayhost.metrics.counts import PluginCounts
 from hayhost.pool import Pool
 from hayhost.processes import Zygote
-from hayhost.metrics.counts import PluginCounts
 from hayhost.settings import Settings
 from hayhost.states import WorkerState
 from hayhost.version import Version

@@ -1,6 +1,16 @@
 """MCP endpoints: an org's MCP servers, of one plugin or of all, for any MCP client."""
 
-from .access import Audit, LogAudit, NoLists, ToolCall, ToolPolicy
+from .access import Audit, CountedAudit, LogAudit, NoLists, ToolCall, ToolPolicy
 from .gateway import METADATA_PATH, METHODS, Gateway
 
-__all__ = ["METADATA_PATH", "METHODS", "Audit", "Gateway", "LogAudit", "NoLists", "ToolCall", "ToolPolicy"]
+__all__ = [
+    "METADATA_PATH",
+    "METHODS",
+    "Audit",
+    "CountedAudit",
+    "Gateway",
+    "LogAudit",
+    "NoLists",
+    "ToolCall",
+    "ToolPolicy",
+]

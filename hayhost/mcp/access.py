@@ -1,13 +1,15 @@
 """Who may use which tools, and who did."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import msgspec
 
+from hayhost.catalog import Plugin
 from hayhost.installs import ToolLists
 from hayhost.logs import get_logger
 
-__all__ = ["Audit", "LogAudit", "NoLists", "Outcome", "ToolCall", "ToolPolicy"]
+__all__ = ["Audit", "CountedAudit", "LogAudit", "NoLists", "Outcome", "ToolCall", "ToolPolicy"]
 
 Outcome = Literal["ok", "tool error", "error", "denied", "refused", "unavailable", "timeout", "cancelled"]
 
@@ -47,6 +49,19 @@ class Audit(Protocol):
     def record(self, call: ToolCall) -> None:
         """``call`` is over."""
         ...
+
+
+class CountedAudit:
+    """``audit``, and the metrics of ``plugins``."""
+
+    def __init__(self, audit: Audit, plugins: Mapping[str, Plugin]) -> None:
+        self._audit = audit
+        self._plugins = plugins
+
+    def record(self, call: ToolCall) -> None:
+        self._audit.record(call)
+        if (plugin := self._plugins.get(call.plugin)) is not None:
+            plugin.counts.tool(call.tool if call.server else "", call.outcome.replace(" ", "_"), call.ms / 1000)
 
 
 class LogAudit:

@@ -3,13 +3,17 @@
 All that a plugin can vary is bounded: routes are those that it has declared, tools are the first few that were called.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
+
+from hayhost.errors import StoreUnavailableError
 
 from .histogram import Histogram
 
-__all__ = ["LEFT", "OTHER", "Counts", "PluginCounts", "RouteCounts"]
+__all__ = ["LEFT", "OTHER", "Counts", "LogCounts", "PluginCounts", "RouteCounts", "StoreCounts"]
 
 OTHER: Final = "other"
 """The label of whatever has none of its own."""
@@ -48,7 +52,9 @@ class Counts:
 
     def __init__(self) -> None:
         self.routes: dict[tuple[str, str], RouteCounts] = {}
-        """By method and path, as declared."""
+        """The plugin's routes by method and path, as declared."""
+        self.own: dict[tuple[str, str], RouteCounts] = {}
+        """The host's own paths, by method."""
         self.other = RouteCounts(self)
         """Of requests that no route was found for."""
         self.refused: Counter[tuple[int, str]] = Counter()
@@ -56,12 +62,52 @@ class Counts:
         self.broken_off = 0
 
     def route(self, method: str, path: str) -> RouteCounts:
-        """Those of a route; ``path`` is one of few."""
+        """Those of a route that the plugin has declared."""
         found = self.routes.get((method, path))
         if found is None:
-            method = method if method in _METHODS else OTHER
-            found = _of(self.routes, (method, path), lambda: RouteCounts(self))
+            found = self.routes[method, path] = RouteCounts(self)
         return found
+
+    def host(self, method: str, path: str) -> RouteCounts:
+        """Those of a path, or a template of paths, that the host answers itself."""
+        return _of(self.own, (method if method in _METHODS else OTHER, path), lambda: RouteCounts(self))
+
+    def keep(self, routes: Iterable[tuple[str, str]]) -> None:
+        """Forget routes that are not declared any more."""
+        kept = set(routes)
+        self.routes = {key: counts for key, counts in self.routes.items() if key in kept}
+
+
+class LogCounts:
+    """Records of a plugin's log."""
+
+    __slots__ = ("by_level", "dropped")
+
+    def __init__(self) -> None:
+        self.by_level: Counter[str] = Counter()
+        self.dropped = 0
+
+
+class StoreCounts:
+    """Transactions of a store, with all that is done and waited for in them."""
+
+    def __init__(self) -> None:
+        self.reads = Histogram()
+        self.writes = Histogram()
+        self.failed = 0
+        """Those in which the database could not be reached, read or written."""
+
+    @contextmanager
+    def counting(self, histogram: Histogram) -> Iterator[None]:
+        """Count what is done within it."""
+        began = time.monotonic()
+        try:
+            yield
+        except StoreUnavailableError:
+            self.failed += 1
+            raise
+        finally:
+            histogram.add(time.monotonic() - began)
 
 
 class PluginCounts(Counts):
@@ -84,6 +130,7 @@ class PluginCounts(Counts):
         """By action and outcome."""
         self.tools: dict[tuple[str, str], Histogram] = {}
         """Calls through the MCP endpoints, by tool and outcome."""
+        self.log = LogCounts()
         self._known_tools: set[str] = set()
 
     def started(self, phases: dict[str, float], seconds: float) -> None:

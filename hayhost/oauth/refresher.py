@@ -43,6 +43,8 @@ class Refresher:
         *,
         poll: float = _POLL,
     ) -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """How many refreshes of which plugin ended how: ``ok``, ``failed`` or ``revoked``."""
         self._store = store
         self._provider = provider
         self._plugins = plugins
@@ -158,6 +160,7 @@ class Refresher:
 
     async def _failed(self, installed: Installed, error: OAuthError) -> None:
         revoked = is_revoked(error)
+        self.outcomes[installed.plugin, "revoked" if revoked else "failed"] += 1
         reason = f"the OAuth2 token could not be refreshed: {error.message}"
         if await self._store.refreshes.failed(installed, reason, revoked=revoked):
             get_logger().warning(
@@ -200,5 +203,6 @@ class Refresher:
                     get_logger().error("new tokens cannot be stored yet", plugin=plugin, org=org, reason=str(error))
                 await asyncio.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
                 attempt += 1
+        self.outcomes[plugin, "ok"] += 1
         get_logger().debug("token refreshed", plugin=plugin, org=org)
         self._changed(plugin, org, "its OAuth2 token was refreshed")

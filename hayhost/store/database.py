@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from hayhost.errors import NotAllowedError, StoreError, StoreUnavailableError
+from hayhost.metrics.counts import StoreCounts
 
 from . import schema
 from .records import clean, now
@@ -136,6 +137,7 @@ class Database:
         self.committed: list[Callable[[Sequence[Change]], None]] = []
         """Called with what was changed, once that is durable."""
         self.running: set[asyncio.Task[Any]] = set()
+        self.counts = StoreCounts()
         self._writing = asyncio.Lock()  # SQLite has one writer, and among threads its wait is not fair
         if self.is_postgresql:
             self.where = (
@@ -204,8 +206,9 @@ class Database:
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection to read with, in one transaction. Raises ``StoreUnavailableError``."""
-        async with self.translating(), self.engine.connect() as connection:
-            yield connection
+        with self.counts.counting(self.counts.reads):
+            async with self.translating(), self.engine.connect() as connection:
+                yield connection
 
     @contextlib.asynccontextmanager
     async def write(self, *, quiet: bool = False) -> AsyncIterator[Transaction]:
@@ -215,6 +218,7 @@ class Database:
         done as a whole. ``quiet`` is for what need not be on the disk at once.
         """
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self.counts.counting(self.counts.writes))
             await stack.enter_async_context(self.translating())
             if not self.is_postgresql:
                 await stack.enter_async_context(self._writing)

@@ -73,6 +73,7 @@ class Store:
         """
         self._database = Database(url, secrets.token_hex(8))
         self._keyring = keyring
+        self.counts: Final = self._database.counts
         self.orgs: Final = Orgs(self._database)
         self.installations: Final = Installations(self._database, keyring)
         self.installs: Final = StoreInstalls(self.installations)
