@@ -168,7 +168,7 @@ def test_formats(host: HostProcess, accept: str | None, media: str) -> None:
     assert answer.status == 200
     assert answer.headers["Content-Type"].startswith(media)
     if media == "application/openmetrics-text":
-        families = {family.name for family in parse_openmetrics(answer.body.decode())}
+        families = {family.name for family in parse_openmetrics(answer.body.decode())}  # type: ignore[no-untyped-call]
         assert {"hayhost_requests", "hayhost_request_duration_seconds", "hayhost_workers"} <= families
 
 

@@ -14,6 +14,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from hayhost import __version__
+from hayhost.egress import Counters
+from hayhost.metadata import OAuth2
 from hayhost.states import WorkerState
 
 from .counts import OTHER, Counts, PluginCounts
@@ -32,6 +34,8 @@ _SHOWN: Final = (
     *(1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0),
 )
 _PLACES: Final = [(str(bound), BOUNDS.index(bound)) for bound in _SHOWN]
+
+_NOTHING: Final = Counters()
 
 Labels = tuple[str, ...]
 
@@ -122,7 +126,7 @@ class Exposition(Collector):
         self._sources = sources
         try:
             encode, media = choose_encoder(accepted)
-        except ValueError:  # a version that is none
+        except (ValueError, TypeError):  # a version that is none
             encode, media = choose_encoder("")
         return encode(self._registry), media
 
@@ -230,9 +234,11 @@ def _host(families: _Families, sources: Sources) -> None:
         took.add(store.writes, "write")
         families.counter("store_errors", "Transactions for which the store could not be used.").add(store.failed)
     refreshes = families.counter("oauth_refreshes", "Refreshes of OAuth2 tokens.", "plugin", "outcome")
-    for (plugin, outcome), count in list(sources.refreshes.items()):
-        if plugin in sources.plugins:
-            refreshes.add(count, plugin, outcome)
+    for plugin, served in list(sources.plugins.items()):
+        methods = served.current.metadata.auth_methods if served.current is not None else ()
+        if any(isinstance(method, OAuth2) for method in methods):
+            for outcome in ("ok", "failed", "revoked"):
+                refreshes.add(sources.refreshes.get((plugin, outcome), 0), plugin, outcome)
 
 
 def _plugins(families: _Families, sources: Sources) -> None:
@@ -283,9 +289,11 @@ def _each(family: _Durations, plugin: str, histograms: Mapping[str, Histogram]) 
 def _egress(families: _Families, sources: Sources) -> None:
     dials = families.counter("egress_connections", "Connections that plugins asked for.", "plugin", "outcome")
     sizes = families.counter("egress_bytes", "Bytes over closed connections, as workers say.", "plugin", "direction")
-    for plugin, totals in list(sources.pool.isolation.egress.totals.items()):
-        if plugin not in sources.plugins:
+    known = sources.pool.isolation.egress.totals
+    for plugin, served in list(sources.plugins.items()):
+        if not served.manifest.permissions.network:
             continue
+        totals = known.get(plugin, _NOTHING)
         dials.add(totals.connected, plugin, "connected")
         dials.add(totals.refused, plugin, "refused")
         dials.add(totals.failed, plugin, "failed")
