@@ -24,7 +24,7 @@ from .front import Front
 from .installs import Installs
 from .isolation import Isolation
 from .layout import Layout, Site
-from .logs import get_logger
+from .logs import current, get_logger
 from .management import Management
 from .manifest import Manifest
 from .mcp import CountedAudit, Gateway, LogAudit, NoLists, ToolPolicy
@@ -101,6 +101,7 @@ class Host:
         self.management = Management(self.pool, trusting=store is None)
         self.management.changed = self._changed
         self.events = Events()
+        self.log = current()
         self.access = Access(settings, store.tokens if store is not None else None)
         if store is not None:
             store.installs.changed_elsewhere = self.management.changed_elsewhere
@@ -190,7 +191,7 @@ class Host:
 
     def site(self) -> Site:
         """The layout of a host that serves many plugins for many orgs."""
-        api = Api(self.management, self.plugins, self.events, self.access, self.store, self._authorizations)
+        api = Api(self.management, self.plugins, self.events, self.access, self.log, self.store, self._authorizations)
         metrics = Metrics(lambda: self._sources)
         return Site(self.plugins, self.installs, api, metrics.answer, self.store.ping if self.store else None)
 
@@ -299,6 +300,7 @@ class Host:
         if self._server is not None:
             self._server.stop()
         self.events.close()
+        self.log.end_listening()
         if self.front is not None:
             self.front.stopping = True
             self.mcp.end_streams()

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import re
-import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +13,8 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hayhost import logs
 from hayhost.logs import PluginLog, configure, escape, get_logger
+from hayhost.logs import plugin as plugin_log
 
 HOSTILE = "a\nb\r\x1b[31mred\x9b31m\x00\x07\x85\u2028\u2029\u202e\u2066\u200f\ufeff\x0b\x0c\x1c end"
 HARMLESS = "a\tb ä 漢 😀 \\n ' \""
@@ -45,9 +44,8 @@ def log() -> Iterator[Configure]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """The clock that rates go by; ``now`` is set by the test."""
     clock = types.SimpleNamespace(now=100.0)
-    fake = types.SimpleNamespace(**{name: getattr(time, name) for name in ("time", "strftime", "gmtime")})
-    fake.monotonic = lambda: clock.now
-    monkeypatch.setattr(logs, "time", fake)
+    fake = types.SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(plugin_log, "time", fake)
     return clock
 
 

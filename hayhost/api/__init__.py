@@ -10,9 +10,11 @@ from hayhost.answers import Answer, Call, Handler
 from hayhost.catalog import Plugin
 from hayhost.errors import RequestError
 from hayhost.events import Events
+from hayhost.logs import Log
 from hayhost.management import Management
 
 from .decoding import read_body, read_query
+from .logs import Logs
 from .openapi import document
 from .operations import Operation, Request, pattern_of
 from .running import Running
@@ -71,10 +73,11 @@ class Api:
         plugins: Mapping[str, Plugin],
         events: Events,
         access: Access,
+        log: Log,
         store: "Store | None" = None,
         authorizations: "Authorizations | None" = None,
     ) -> None:
-        operations = Running(management.pool, plugins, events, access).operations()
+        operations = [*Running(management.pool, plugins, events, access).operations(), *Logs(log, access).operations()]
         if store is not None:
             from .oauth import OAuthFlows
             from .orgs import Orgs

@@ -1,7 +1,7 @@
 """What the management API takes and gives, as JSON. No secret is in any of it, but for a new token's own."""
 
 import datetime as dt
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
@@ -19,6 +19,10 @@ __all__ = [
     "InstallationPage",
     "InstallationView",
     "InvalidView",
+    "LogPage",
+    "LogQuery",
+    "LogStreamQuery",
+    "LogView",
     "NewOrg",
     "NewToken",
     "OAuthQuery",
@@ -358,4 +362,73 @@ class AuditPage(_View, frozen=True):
     """Entries of the audit log, the latest first; `next` is what to pass as `before` for older ones."""
 
     items: list[AuditView]
+    next: str | None
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogId = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$", description="The `id` of a record: those after it.")]
+Since = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=40,
+        pattern=r"^([0-9]{1,9}(ms|s|m|h|d|w)|[0-9]{4}-.*)$",
+        description="Not older than this: an age such as `5m`, or a time as in RFC 3339.",
+    ),
+]
+Found = Annotated[str, Meta(min_length=1, max_length=200, description="Is in the message, traceback or `meta`.")]
+
+
+class LogQuery(_View, frozen=True):
+    """Which records of the log: the latest, or those `after` one. `level` is the least."""
+
+    after: LogId | None = None
+    limit: Limit = 100
+    plugin: PluginName | None = None
+    org: OrgId | None = None
+    worker: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    level: LogLevel = "debug"
+    since: Since | None = None
+    request: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    q: Found | None = None
+
+
+class LogStreamQuery(_View, frozen=True):
+    """Which records of the log: new ones. With `after` or `since` those first that there are already, with `limit`
+    the latest of them."""
+
+    after: LogId | None = None
+    limit: Limit | None = None
+    plugin: PluginName | None = None
+    org: OrgId | None = None
+    worker: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    level: LogLevel = "debug"
+    since: Since | None = None
+    request: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    q: Found | None = None
+
+
+class LogView(_View, frozen=True):
+    """A record of the log. `source` is who says so: the host, a plugin, or a worker's runtime; `worker` is a process
+    id. `dropped` is how many before it were left out, because there were too many."""
+
+    id: int
+    time: str
+    level: LogLevel
+    event: str
+    plugin: str | UnsetType = UNSET
+    version: str | UnsetType = UNSET
+    org: str | UnsetType = UNSET
+    worker: int | UnsetType = UNSET
+    request: str | UnsetType = UNSET
+    source: Literal["host", "plugin", "worker"] = "host"
+    meta: dict[str, Any] | UnsetType = UNSET
+    traceback: str | UnsetType = UNSET
+    dropped: int | UnsetType = UNSET
+
+
+class LogPage(_View, frozen=True):
+    """Records of the log, oldest first; `next` is what to pass as `after` for those that follow."""
+
+    items: list[LogView]
     next: str | None
