@@ -23,6 +23,8 @@ EXAMPLES = 12
 # Statuses beyond schemathesis's own that a request may get although it fits the document: what fits a plugin's schema
 # only the plugin knows, whether an ETag is the present one depends on who was there before, and JSON schema cannot say
 # that text deep in a config has no NUL and a number no more than 64 bits.
+STREAMS = ("events", "streamLogs")
+
 CONFIGURATION = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", "400", "401", "403", "404", "409", "412", "422", "429"]
@@ -62,7 +64,8 @@ def _schemathesis(manager: Manager, folder: Path, *options: str) -> None:
     url = f"http://127.0.0.1:{manager.host.port}{API}/openapi.json"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run", url]
     command += ["--checks", "all", "--continue-on-failure", "--request-timeout", "30", "--no-color", "--seed", "1"]
-    command += ["--exclude-operation-id", "events"]  # which has no end; see below
+    for stream in STREAMS:  # which have no end; see below
+        command += ["--exclude-operation-id", stream]
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(folder), "OWN_TOKEN": "hay_none_none"}
     if manager.token is not None:
         command += ["-H", f"Authorization: Bearer {manager.token}"]
@@ -137,7 +140,7 @@ def test_once_there_is_a_token_the_document_says_that_one_is_needed(manager: Man
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             concrete = path.format(org="acme", name="recorder", token="0" * 16).removeprefix(API)
-            if operation["operationId"] == "events":
+            if operation["operationId"] in STREAMS:
                 continue
             answer = Manager(manager.host).call(method.upper(), concrete)
             assert (answer.status == 401) == (operation["security"] != []), (method, path, answer)
@@ -146,11 +149,11 @@ def test_once_there_is_a_token_the_document_says_that_one_is_needed(manager: Man
                 assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def _events(manager: Manager, query: str = "") -> Answer:
-    """The head of ``GET /events``, and its first line."""
+def _events(manager: Manager, query: str = "", path: str = "/events") -> Answer:
+    """The head of a stream, and its first line."""
     connection = manager.host.connect()
     headers = {"Authorization": f"Bearer {manager.token}"} if manager.token else {}
-    connection.request("GET", f"{API}/events{query}", headers=headers)
+    connection.request("GET", f"{API}{path}{query}", headers=headers)
     response = connection.getresponse()
     body = response.readline() if response.status == 200 else response.read()
     response.close()
@@ -158,21 +161,24 @@ def _events(manager: Manager, query: str = "") -> Answer:
     return Answer(response.status, response.headers, body)
 
 
-def test_events_answer_as_described(manager: Manager) -> None:
-    described = _document(manager)["paths"][f"{API}/events"]["get"]["responses"]
+@pytest.mark.parametrize("path", ["/events", "/logs/stream"])
+def test_streams_answer_as_described(manager: Manager, path: str) -> None:
+    described = _document(manager)["paths"][f"{API}{path}"]["get"]["responses"]
     assert list(described["200"]["content"]) == ["text/event-stream"]
-    answer = _events(manager)
+    answer = _events(manager, path=path)
     assert (answer.status, answer.headers["Content-Type"], answer.body) == (200, "text/event-stream", b": hello\n")
-    wrong = [_events(manager, "?x=1"), _events(manager, "?%ff"), _events(Manager(manager.host, "hay_nonsense"))]
+    stranger = Manager(manager.host, "hay_nonsense")
+    wrong = [_events(manager, "?x=1", path), _events(manager, "?%ff", path), _events(stranger, path=path)]
     for answer in wrong:
         assert str(answer.status) in described
         assert json.loads(answer.body)["error"]
 
 
-def test_nothing_of_a_stream_stays_when_its_client_leaves(manager: Manager) -> None:
+@pytest.mark.parametrize("path", ["/events", "/logs/stream"])
+def test_nothing_of_a_stream_stays_when_its_client_leaves(manager: Manager, path: str) -> None:
     for _ in range(20):
-        assert _events(manager).status == 200
+        assert _events(manager, path=path).status == 200
     before = descriptors_of(manager.host.pid)
     for _ in range(20):
-        assert _events(manager).status == 200
+        assert _events(manager, path=path).status == 200
     wait_until(lambda: descriptors_of(manager.host.pid) <= before + 2, "connections are closed")

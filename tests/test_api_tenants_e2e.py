@@ -178,7 +178,14 @@ def test_lists_have_nothing_of_another_org(admin: Manager, ours: Org, theirs: Or
     admin.put(OURS, config={"value": "listed"}, enabled=True)
     for org in (OURS, THEIRS):
         assert admin.host.get(f"/plugins/{PLUGIN}/{org}/value").status == 200
-    for path in ("/workers", "/audit?limit=1000", "/plugins", f"/plugins/{PLUGIN}", f"/orgs/{OURS}/plugins"):
+    for path in (
+        "/workers",
+        "/logs?limit=1000",
+        "/audit?limit=1000",
+        "/plugins",
+        f"/plugins/{PLUGIN}",
+        f"/orgs/{OURS}/plugins",
+    ):
         answer = ours.manager.ok("GET", path)
         assert THEIRS not in answer.body.decode(), path
     assert {worker["org"] for worker in ours.manager.get("/workers")["items"]} == {OURS}
