@@ -33,7 +33,7 @@ class _PluginTable(msgspec.Struct, forbid_unknown_fields=True):
 class _OrgTable(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     plugins: dict[str, _PluginTable] = {}
-    tools: ToolLists = ToolLists()
+    tools: ToolLists | None = None
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -44,11 +44,6 @@ class Declared(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Declared({len(self.orgs)} orgs)"
-
-    async def tool_lists(self, org_id: str) -> ToolLists:
-        """Which tools the org's MCP clients may use. These are not in the store: they are what the file says."""
-        table = self.orgs.get(org_id)
-        return table.tools if table is not None else ToolLists()
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -114,9 +109,10 @@ async def apply(
     """
     report = Report([], [])
     for org, table in declared.orgs.items():
+        lists = ToolLists()
         try:
             try:
-                known = await store.orgs.get(org)
+                known, lists = await store.orgs.get(org), await store.tools.get(org)
             except NotFoundError:
                 report.changes.append(f"+ org {org}")
                 if not dry_run:
@@ -126,6 +122,10 @@ async def apply(
                     report.changes.append(f"~ org {org}: name")
                     if not dry_run:
                         await store.orgs.rename(org, table.name, actor=actor)
+                if table.tools not in (None, lists):
+                    report.changes.append(f"~ org {org}: tools")
+            if table.tools is not None and table.tools != lists and not dry_run:
+                await store.tools.put(org, table.tools, actor=actor)
         except HostError as error:
             report.problems.append(f"org {org}: {error}")
             continue

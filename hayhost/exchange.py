@@ -80,6 +80,8 @@ class Exchange(HTTPMessageDelegate):
         """Where it counts, once it is known where it goes."""
         self.principal: Principal | None = None
         """Whose request it is, once that was asked for."""
+        self.when_closed: Callable[[], None] | None = None
+        """Called when it is over, however it ended."""
         self._front = front
         self._connection = connection
         self._server_conn = server_conn

@@ -22,7 +22,7 @@ from .api.decoding import read_json
 from .catalog import Plugin
 from .errors import InvalidError, NotFoundError, RequestError, StoreError, UnavailableError
 from .exchange import Exchange
-from .installs import Auth, Change, NotLoadedError
+from .installs import Auth, Change, NotLoadedError, ToolLists
 from .layout import Layout, Own, Place
 from .logs import get_logger
 from .management import Management
@@ -46,6 +46,8 @@ _TICK: Final = 0.25
 # An idle keep-alive connection, or one that takes its time over the headers, is closed after this long.
 _IDLE_CONNECTION: Final = 75.0
 
+_TOOLS: Final = ("/mcp/list-tools", "/mcp/call-tool")
+
 Host = Callable[[Place, bytes, str], Awaitable[Answer]]
 
 
@@ -59,6 +61,7 @@ class Front(HTTPServerConnectionDelegate):
         layout: Layout,
         access: Access,
         mcp: Gateway,
+        rates: Rates,
         *,
         access_log: bool = False,
     ) -> None:
@@ -73,7 +76,7 @@ class Front(HTTPServerConnectionDelegate):
         """By how much a timer was late, four times a second."""
         self._management = management
         self._pool: Pool = management.pool
-        self._rates = Rates(settings)
+        self._rates = rates
         self._layout = layout
         self._mcp = mcp
         self._access_log = access_log
@@ -138,6 +141,8 @@ class Front(HTTPServerConnectionDelegate):
         if not exchange.status:
             exchange.counts.add(LEFT, self.loop.time() - exchange.started)
         self.open.discard(exchange)
+        if exchange.when_closed is not None:
+            exchange.when_closed()
         if not self.open:
             self.nothing_open.set()
         if self._access_log:
@@ -234,13 +239,14 @@ class Front(HTTPServerConnectionDelegate):
         elif (method is None and self.settings.route_tokens) or (head.has_token and self.access.has_tokens):
             # What is open to all is not open to those who show that they are of another org.
             self._need_principal(exchange, headers, place.org_id)
+        lists = self._mcp.tools_of(place.org_id) if place.path in _TOOLS else ToolLists()
         self._rates.check(place.plugin.name, place.org_id)
         self._count += 1
         exchange.id = self._ids(self._count)
         exchange.base, exchange.path = place.base, place.path
         if method is not None:
             if self._is_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method})):
-                exchange.to_host(lambda exchange, body: self._answer(exchange, place, body))
+                exchange.to_host(lambda exchange, body: self._answer(exchange, place, body, lists))
             return
         slot = self._pool.find(place.plugin, place.org_id)
         # The org's worker may still be of the version before: what it does not have, it cannot answer.
@@ -286,6 +292,8 @@ class Front(HTTPServerConnectionDelegate):
             raise NotYetError(lambda: self._mcp.plugins_of(org_id), "The store is too busy") from None
         if plugin is not None:
             self._rates.check(plugin.name, org_id)
+        else:
+            self._rates.check_org(org_id)
         self._count += 1
         exchange.id = self._ids(self._count)
         exchange.to_host(lambda exchange, body: self._mcp.answer(exchange, body, org_id, plugin))
@@ -356,11 +364,11 @@ class Front(HTTPServerConnectionDelegate):
 
     # ---- what the host answers for a worker
 
-    def _answer(self, exchange: Exchange, place: Place, body: bytes) -> None:
+    def _answer(self, exchange: Exchange, place: Place, body: bytes, lists: ToolLists) -> None:
         if place.path == "/mcp/list-tools":
-            self._list_tools(exchange, place)
+            self._list_tools(exchange, place, lists)
         elif place.path == "/mcp/call-tool":
-            self._call_tool(exchange, place, body)
+            self._call_tool(exchange, place, body, lists)
         else:
             actor = exchange.principal.actor if exchange.principal else ""
             self._spawn(exchange, self._hosts[place.path](place, body, actor))
@@ -461,13 +469,14 @@ class Front(HTTPServerConnectionDelegate):
             pass
         return Answer(200, {"success": True})
 
-    def _list_tools(self, exchange: Exchange, place: Place) -> None:
+    def _list_tools(self, exchange: Exchange, place: Place, lists: ToolLists) -> None:
         if "mcp" not in place.plugin.manifest.capabilities:
             exchange.answer(Answer(200, {"tools": []}))
         else:
-            exchange.to_runtime(self._pool.slot(place.plugin, place.org_id), wire.LIST_TOOLS, b"")
+            body = b"" if lists == ToolLists() else msgspec.json.encode([f"{place.plugin.name}__", *lists.expressions])
+            exchange.to_runtime(self._pool.slot(place.plugin, place.org_id), wire.LIST_TOOLS, body)
 
-    def _call_tool(self, exchange: Exchange, place: Place, body: bytes) -> None:
+    def _call_tool(self, exchange: Exchange, place: Place, body: bytes, lists: ToolLists) -> None:
         try:
             call = _json_object(body)
             name, arguments = call.get("toolName"), call.get("arguments")
@@ -475,7 +484,8 @@ class Front(HTTPServerConnectionDelegate):
                 raise RequestError("Tool name required", status=400)
             if arguments is not None and not isinstance(arguments, dict):
                 raise RequestError("arguments must be an object", status=400)
-            if "mcp" not in place.plugin.manifest.capabilities:
+            exchange.when_closed = lambda: self._mcp.called(exchange, place.plugin.name, place.org_id, name)
+            if "mcp" not in place.plugin.manifest.capabilities or not lists.allows(place.plugin.name, name):
                 raise RequestError(f"No MCP server found for tool: {name}", status=404)
         except RequestError as error:
             exchange.refuse(error)

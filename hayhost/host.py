@@ -27,10 +27,11 @@ from .layout import Layout, Site
 from .logs import current, get_logger
 from .management import Management
 from .manifest import Manifest
-from .mcp import CountedAudit, Gateway, LogAudit, NoLists, ToolPolicy
+from .mcp import CountedAudit, Gateway, LogAudit, NoLists, StoreAudit
 from .metrics.endpoint import Metrics, Sources
 from .pool import Pool
 from .processes import Nursery
+from .rates import Rates
 from .settings import Settings
 from .slot import Slot
 from .version import Version
@@ -85,7 +86,6 @@ class Host:
         settings: Settings,
         installs: Installs,
         store: "Store | None" = None,
-        policy: ToolPolicy | None = None,
     ) -> None:
         """Without a ``store`` what is changed is kept for as long as the host runs, and nobody needs a token."""
         self.settings = settings
@@ -109,7 +109,9 @@ class Host:
         self._refresher: Refresher | None = None
         if store is not None:
             self._authorizations, self._refresher = self._oauth(store)
-        self.mcp = Gateway(self.pool, self.plugins, policy or NoLists(), CountedAudit(LogAudit(), self.plugins))
+        self.rates = Rates(settings)
+        policy, audit = (store.tools, StoreAudit(store.audit)) if store is not None else (NoLists(), LogAudit())
+        self.mcp = Gateway(self.pool, self.plugins, policy, CountedAudit(audit, self.plugins), self.rates)
         self.stop_hook = "on_stop"
         """The hook that ends workers when the host stops."""
         self.front: Front | None = None
@@ -154,7 +156,9 @@ class Host:
             raise PortTakenError(
                 f"cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror or error}"
             ) from None
-        self.front = Front(self.settings, self.management, layout, self.access, self.mcp, access_log=access_log)
+        self.front = Front(
+            self.settings, self.management, layout, self.access, self.mcp, self.rates, access_log=access_log
+        )
         self._server = _Server(
             self.front,
             no_keep_alive=False,

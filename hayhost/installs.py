@@ -1,11 +1,13 @@
-"""Which org has which plugin, with which config and credentials."""
+"""Which org has which plugin, with which config and credentials, and which of their tools its MCP clients may use."""
 
+import functools
+import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Protocol
+from fnmatch import translate
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from .errors import ConflictError, NotFoundError
 
@@ -26,11 +28,16 @@ __all__ = [
 
 AuthValidity = Literal["unknown", "valid", "invalid"]
 
+_PRINTABLE: Final = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*"
+# What has neither would match no tool of any plugin: who denies that believes to have denied something.
+_ToolPattern = Annotated[str, Meta(max_length=200, pattern=rf"^{_PRINTABLE}(__|[*?]){_PRINTABLE}(?!\n)$")]
+_ToolPatterns = Annotated[tuple[_ToolPattern, ...], Meta(max_length=500)]
+
 
 class Auth(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """An org's credentials for one auth method; never shown in a ``repr``."""
 
-    method_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    method_id: Annotated[str, Meta(min_length=1, max_length=200)]
     credentials: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -91,21 +98,31 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class ToolLists(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which tools an org's MCP clients may use: those that ``allow`` names (all, if it names none), without those that
-    ``deny`` names.
+    """Which tools an org's MCP clients may use: those that `allow` names (all, if it names none), without those that
+    `deny` names.
 
-    Entries are ``plugin__tool`` in full, with ``*`` and ``?`` for what may be anything.
+    Entries are `plugin__tool` in full, with `*` and `?` for what may be anything.
     """
 
-    allow: tuple[str, ...] = ()
-    deny: tuple[str, ...] = ()
+    allow: _ToolPatterns = ()
+    deny: _ToolPatterns = ()
 
     def allows(self, plugin: str, tool: str) -> bool:
         """Whether ``tool``, by its server's name for it, may be used."""
         name = f"{plugin}__{tool}"
-        if any(fnmatchcase(name, pattern) for pattern in self.deny):
-            return False
-        return not self.allow or any(fnmatchcase(name, pattern) for pattern in self.allow)
+        allow, deny = self.expressions
+        return re.match(allow, name) is not None and re.match(deny, name) is None
+
+    @property
+    def expressions(self) -> tuple[str, str]:
+        """What an allowed name matches, and what a denied one does, as regular expressions."""
+        return _any_of(self.allow or ("*",)), _any_of(self.deny)
+
+
+@functools.lru_cache(1_000)
+def _any_of(patterns: tuple[str, ...]) -> str:
+    """What matches any of ``patterns``; without one, it matches nothing."""
+    return "|".join(translate(pattern.replace("[", "[[]")) for pattern in patterns) or r"(?!)"
 
 
 class NotLoadedError(Exception):

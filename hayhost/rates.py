@@ -38,6 +38,11 @@ class Rates:
         if self._plugin is not None:
             self._hit(self._plugin, "this plugin", plugin)
 
+    def check_org(self, org: str) -> None:
+        """Count a request to what all plugins of an org answer together. Raises as ``check``."""
+        if self._org is not None:
+            self._hit(self._org, "this organisation", "", org)
+
     def _hit(self, limit: "RateLimitItem", what: str, *key: str) -> None:
         if not self._limiter.hit(limit, *key):
             wait = math.ceil(self._limiter.get_window_stats(limit, *key).reset_time - time.time())

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import inspect
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -197,7 +198,7 @@ class Dispatcher:
         message = exchange.request
         try:
             if message.route == wire.LIST_TOOLS:
-                return render({"tools": await self._mcp.list_tools()})
+                return render({"tools": _allowed(await self._mcp.list_tools(), b"".join(exchange.body))})
             if message.route == wire.CALL_TOOL:
                 return await self._call_tool(b"".join(exchange.body))
             if message.route == wire.MCP:
@@ -305,6 +306,15 @@ class Dispatcher:
             view = view[size:]
             if view:
                 await asyncio.sleep(0)  # let other streams of this worker in between
+
+
+def _allowed(tools: list[dict[str, Any]], body: bytes) -> list[dict[str, Any]]:
+    """Those of ``tools`` that the org's clients may use, by a body as in ``wire.LIST_TOOLS``."""
+    if not body:
+        return tools
+    prefix, allow, deny = msgspec.json.decode(body, type=tuple[str, str, str])
+    names = [(tool, f"{prefix}{tool['name']}") for tool in tools]
+    return [tool for tool, name in names if re.match(allow, name) and not re.match(deny, name)]
 
 
 def item_bytes(item: object) -> bytes:

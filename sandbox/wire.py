@@ -327,6 +327,8 @@ class Request(Message, tag=17):
 
 
 LIST_TOOLS: Final = -1
+"""A request for the tools of all MCP servers. Its body is empty or, in JSON, ``[prefix, allow, deny]``: those tools are
+listed whose name, with ``prefix`` before it, matches the first regular expression and not the second."""
 CALL_TOOL: Final = -2
 MCP: Final = -3
 """A request to one MCP server. Its body is the JSON object ``{"server": id, "method", "params", "progressToken"?}``.

@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from hayhost import __version__
+from hayhost.installs import ToolLists
 
 from .decoding import TAGS
 from .operations import PARAMETERS, Operation
@@ -38,7 +39,7 @@ _GIVES: Final[dict[Any, dict[str, str]]] = {
     InstallationView: {"org": "/org", "name": "/plugin"},
     TokenMade: {"token": "/token/id"},
 }
-_TAGGED: Final = (OrgView, InstallationView)
+_TAGGED: Final = (OrgView, InstallationView, ToolLists)
 
 
 def document(operations: Iterable[Operation], *, closed: bool) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _links(form: Any, others: list[Operation]) -> dict[str, Any]:
     }
 
 
-_ETAG: Final = {"description": "Of the installation or org as it is now.", "schema": {"type": "string"}}
+_ETAG: Final = {"description": "Of the installation, org or lists as they are now.", "schema": {"type": "string"}}
 _HEADERS: Final[dict[int, dict[str, Any]]] = {
     401: {"WWW-Authenticate": {"description": "`Bearer`, and what was wrong.", "schema": {"type": "string"}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},

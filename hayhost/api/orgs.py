@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from hayhost.answers import Answer
 from hayhost.catalog import Plugin
 from hayhost.configs import MASK, masked, sensitive_fields
 from hayhost.errors import ConflictError, ExistsError, NotFoundError, RequestError
-from hayhost.installs import Auth, Change
+from hayhost.installs import Auth, Change, ToolLists
 from hayhost.management import Management, Outcome, remove_org
 from hayhost.store import Installed, Org, Store
 
@@ -85,6 +86,27 @@ class Orgs:
             ),
             Operation(
                 "deleteOrg", "DELETE", org, "Remove an org and all that it has", "admin", self._delete, {204: None}
+            ),
+            Operation(
+                "getTools",
+                "GET",
+                org + "/tools",
+                "Show which tools an org's MCP clients may use",
+                "org",
+                self._tools,
+                {200: ToolLists},
+                tagged=True,
+            ),
+            Operation(
+                "putTools",
+                "PUT",
+                org + "/tools",
+                "Say which tools an org's MCP clients may use",
+                "admin",
+                self._put_tools,
+                {200: ToolLists},
+                body=ToolLists,
+                conditional=True,
             ),
             Operation(
                 "listInstallations",
@@ -207,6 +229,22 @@ class Orgs:
         org, actor = request.params["org"], request.call.principal.actor
         await remove_org(self._store, self._management, self._plugins, org, actor=actor)
         return Answer(204)
+
+    async def _tools(self, request: Request) -> Answer:
+        lists = await self._store.tools.get(request.params["org"])
+        headers = {"ETag": _tag_of(lists)}
+        return Answer(304, None, headers) if if_none_match(request.call.headers, headers["ETag"]) else _tools(lists)
+
+    async def _put_tools(self, request: Request) -> Answer:
+        org, tags, before = request.params["org"], if_match(request.call.headers), None
+        if must_be_new(request.call.headers):
+            raise ConflictError(f"{org} has lists of tools already, be they empty", 0)
+        if tags is not None and tags != ["*"]:
+            before = await self._store.tools.get(org)
+            if _tag_of(before) not in tags:
+                raise ConflictError(f"the tools of {org} were changed by somebody else meanwhile", 0)
+        await self._store.tools.put(org, request.body, actor=request.call.principal.actor, if_lists=before)
+        return _tools(request.body)
 
     # ---- installations
 
@@ -345,7 +383,19 @@ def org_view(org: Org) -> OrgView:
 
 
 def _tag(org: Org) -> str:
-    return f'"{hashlib.sha256(org.name.encode()).hexdigest()[:16]}"'
+    return _hashed(org.name.encode())
+
+
+def _tag_of(lists: ToolLists) -> str:
+    return _hashed(msgspec.json.encode(lists))
+
+
+def _hashed(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+
+
+def _tools(lists: ToolLists) -> Answer:
+    return Answer(200, lists, {"ETag": _tag_of(lists)})
 
 
 def _org_answer(status: int, org: Org, headers: Mapping[str, str] | None = None) -> Answer:

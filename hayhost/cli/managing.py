@@ -98,6 +98,36 @@ def show(org: str, as_json: bool, config: Path | None, **flags: Any) -> None:
 
 @org.command()
 @_org
+@click.option("--allow", metavar="PATTERN", multiple=True, help="Nothing but these; may be repeated.")
+@click.option("--deny", metavar="PATTERN", multiple=True, help="None of these; may be repeated.")
+@click.option("--clear", is_flag=True, help="Begin with empty lists: all tools may be used.")
+@_json
+@_store
+def tools(
+    org: str,
+    allow: tuple[str, ...],
+    deny: tuple[str, ...],
+    clear: bool,
+    as_json: bool,
+    config: Path | None,
+    **flags: Any,
+) -> None:
+    """Show, or say, which tools the MCP clients of ORG may use.
+
+    A PATTERN is plugin__tool in full, with * and ? for what may be anything. --allow and --deny each replace their
+    list; what is not given stays as it is. What is denied is not there, also if it is allowed. Running hosts follow.
+
+    \b
+      hayhost org tools acme --allow 'stripe__*' --deny stripe__create_refund
+      hayhost org tools acme --clear
+    """
+    from .orgs import tools as run
+
+    _run(run(_load(flags, config), org, allow, deny, clear, as_json))
+
+
+@org.command()
+@_org
 @_yes
 @_plugins
 @_hosting
@@ -126,6 +156,8 @@ def apply(file: Path, dry_run: bool, as_json: bool, plugins: Path | None, config
       [orgs.acme.plugins.stripe]
       config = { toleranceSeconds = 60 }
       auth = { methodId = "apiKey", credentials = { apiKey = "sk_..." } }
+      [orgs.acme.tools]
+      deny = ["stripe__create_*"]
 
     Prints one line for each org and installation that is made (+) or changed (~). Exit code 1 if something could not be
     done; the rest is.
@@ -351,6 +383,7 @@ def new_key() -> None:
 @click.option("--org", shell_complete=complete_orgs, help="What was done to this org.")
 @click.option("--plugin", shell_complete=complete_plugins, help="What was done to this plugin's installations.")
 @click.option("--actor", metavar="WHO", help="What this one did: cli:USER, token:ID, host, ...")
+@click.option("--action", metavar="WHAT", help="Such as install.put, or mcp.call for calls of tools.")
 @click.option("--limit", type=click.IntRange(1, 1_000_000), default=100, show_default=True, help="Entries at most.")
 @_json
 @_store
@@ -358,6 +391,7 @@ def audit(
     org: str | None,
     plugin: str | None,
     actor: str | None,
+    action: str | None,
     limit: int,
     as_json: bool,
     config: Path | None,
@@ -365,13 +399,16 @@ def audit(
 ) -> None:
     """Show who did what, and when: the store's audit log, the latest first.
 
+    Calls of tools by MCP clients are shown only with --action mcp.call: they would hide the rest.
+
     \b
       hayhost audit --org acme --plugin stripe
+      hayhost audit --org acme --action mcp.call
       hayhost audit --limit 100000 --json > audit.json
     """
     from .records import read_audit as run
 
-    _run(run(_load(flags, config), org, plugin, actor, limit, as_json))
+    _run(run(_load(flags, config), org, plugin, actor, action, limit, as_json))
 
 
 COMMANDS: Final = (org, install, uninstall, config_, token, keys, audit)

@@ -10,6 +10,7 @@ import click
 from hayhost.api.orgs import installation_view, org_view
 from hayhost.declared import apply, read_declared
 from hayhost.errors import HostError
+from hayhost.installs import ToolLists
 from hayhost.management import remove_org
 from hayhost.settings import Settings
 from hayhost.store import Installed, Page
@@ -17,7 +18,7 @@ from hayhost.store import Installed, Page
 from .opening import actor, bad_line, hosting, opened
 from .output import print_json, print_table, shown_time, tell, warn, warn_of_hooks
 
-__all__ = ["add", "apply_file", "confirm", "everything", "list_orgs", "remove", "rename", "show"]
+__all__ = ["add", "apply_file", "confirm", "everything", "list_orgs", "remove", "rename", "show", "tools"]
 
 T = TypeVar("T")
 
@@ -80,6 +81,26 @@ async def show(settings: Settings, org: str, as_json: bool) -> None:
     tell(f"{found.id} ({found.name}), since {shown_time(found.created)}")
     headings = ("PLUGIN", "STATUS", "CREDENTIALS", "WORKER", "CHANGED", "LAST ERROR")
     print_table(headings, map(_row, installed))
+
+
+async def tools(
+    settings: Settings, org: str, allow: tuple[str, ...], deny: tuple[str, ...], clear: bool, as_json: bool
+) -> None:
+    """Which tools an org's MCP clients may use; changed first, if anything is given."""
+    async with opened(settings) as store:
+        before = await store.tools.get(org)
+        base = ToolLists() if clear else before
+        lists = ToolLists(allow or base.allow, deny or base.deny)
+        if lists != before:
+            await store.tools.put(org, lists, actor=actor(), if_lists=before)
+    if as_json:
+        print_json(lists)
+        return
+    rows = [(kind, entry) for kind, entries in (("allow", lists.allow), ("deny", lists.deny)) for entry in entries]
+    if rows:
+        print_table(("LIST", "TOOLS"), rows)
+    else:
+        tell("all tools may be used")
 
 
 def _row(each: Installed) -> tuple[str, ...]:

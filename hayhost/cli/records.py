@@ -120,7 +120,13 @@ async def rotate_keys(settings: Settings, as_json: bool) -> None:
 
 
 async def read_audit(
-    settings: Settings, org: str | None, plugin: str | None, actor: str | None, limit: int, as_json: bool
+    settings: Settings,
+    org: str | None,
+    plugin: str | None,
+    actor: str | None,
+    action: str | None,
+    limit: int,
+    as_json: bool,
 ) -> None:
     """What was done, the latest first."""
     found: list[AuditEntry] = []
@@ -128,7 +134,7 @@ async def read_audit(
     async with opened(settings) as store:
         while len(found) < limit:
             most = min(_PAGE, limit - len(found))
-            page = await store.audit.list(before, most, org=org, plugin=plugin, actor=actor)
+            page = await store.audit.list(before, most, org=org, plugin=plugin, actor=actor, action=action)
             found += page.items
             if (before := page.next) is None:
                 break

@@ -51,7 +51,7 @@ async def _open_and_serve(
         installs: Installs = TestInstalls()
         if store is not None:
             installs = EveryOrg(store.installs) if settings.mode == "test" else store.installs
-        await _serve(plugins_dir, settings, Host(settings, installs, store, declared), declared, dev, dry_run)
+        await _serve(plugins_dir, settings, Host(settings, installs, store), declared, dev, dry_run)
 
 
 async def _serve(

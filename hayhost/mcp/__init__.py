@@ -1,6 +1,6 @@
 """MCP endpoints: an org's MCP servers, of one plugin or of all, for any MCP client."""
 
-from .access import Audit, CountedAudit, LogAudit, NoLists, ToolCall, ToolPolicy
+from .access import Audit, CountedAudit, LogAudit, NoLists, StoreAudit, ToolCall, ToolPolicy
 from .gateway import METADATA_PATH, METHODS, Gateway
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Gateway",
     "LogAudit",
     "NoLists",
+    "StoreAudit",
     "ToolCall",
     "ToolPolicy",
 ]

@@ -9,7 +9,7 @@ from hayhost.catalog import Plugin
 from hayhost.installs import ToolLists
 from hayhost.logs import get_logger
 
-__all__ = ["Audit", "CountedAudit", "LogAudit", "NoLists", "Outcome", "ToolCall", "ToolPolicy"]
+__all__ = ["Audit", "CountedAudit", "LogAudit", "NoLists", "Outcome", "StoreAudit", "ToolCall", "ToolPolicy"]
 
 Outcome = Literal["ok", "tool error", "error", "denied", "refused", "unavailable", "timeout", "cancelled"]
 
@@ -17,13 +17,20 @@ Outcome = Literal["ok", "tool error", "error", "denied", "refused", "unavailable
 class ToolPolicy(Protocol):
     """Knows which tools the clients of orgs may use."""
 
+    def known(self, org_id: str) -> ToolLists | None:
+        """Those of an org; ``None`` if they have to be asked for with ``tool_lists``."""
+        ...
+
     async def tool_lists(self, org_id: str) -> ToolLists:
-        """Those of an org."""
+        """Those of an org. Raises ``StoreError``."""
         ...
 
 
 class NoLists:
-    """Every tool may be used."""
+    """Every tool may be used: there is no store that would say otherwise."""
+
+    def known(self, org_id: str) -> ToolLists | None:
+        return ToolLists()
 
     async def tool_lists(self, org_id: str) -> ToolLists:
         return ToolLists()
@@ -71,3 +78,20 @@ class LogAudit:
         fields: dict[str, Any] = {"plugin": call.plugin, "org": call.org_id, "request": call.request}
         fields |= {"actor": call.actor, "server": call.server, "tool": call.tool[:200]}
         get_logger().info("mcp tool call", **fields, outcome=call.outcome, ms=call.ms)
+
+
+class Calls(Protocol):
+    """The part of a store's audit log that has calls of tools."""
+
+    def note_call(self, actor: str, org: str, plugin: str | None, outcome: str, details: Mapping[str, Any]) -> None: ...
+
+
+class StoreAudit:
+    """The store's audit log has the calls, a moment later."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def record(self, call: ToolCall) -> None:
+        details = {"server": call.server, "tool": call.tool, "ms": call.ms, "request": call.request}
+        self._calls.note_call(call.actor, call.org_id, call.plugin or None, call.outcome, details)

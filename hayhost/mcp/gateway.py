@@ -6,13 +6,16 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from hayhost.answers import NotYetError
 from hayhost.catalog import Plugin
 from hayhost.errors import RequestError, StoreError, UnavailableError
 from hayhost.exchange import Exchange
+from hayhost.installs import ToolLists
 from hayhost.logs import get_logger
 from hayhost.pool import Pool
+from hayhost.rates import Rates
 
-from .access import Audit, ToolPolicy
+from .access import Audit, Outcome, ToolCall, ToolPolicy
 from .asgi import Bridge
 
 if TYPE_CHECKING:
@@ -26,6 +29,15 @@ METHODS: Final = frozenset({"GET", "POST", "DELETE"})
 METADATA_PATH: Final = "/.well-known/oauth-protected-resource"
 """Before an endpoint's own path: where its metadata are (RFC 9728, 3)."""
 
+_OUTCOMES: Final[Mapping[int, Outcome]] = {
+    0: "cancelled",
+    200: "ok",
+    400: "denied",
+    404: "denied",
+    500: "tool error",
+    504: "timeout",
+}
+
 
 class Gateway:
     """Answers the MCP endpoints' requests."""
@@ -36,11 +48,13 @@ class Gateway:
         plugins: Mapping[str, Plugin],
         policy: ToolPolicy,
         audit: Audit,
+        rates: Rates,
     ) -> None:
         self._pool = pool
         self._plugins = plugins
         self._policy = policy
         self._audit = audit
+        self._rates = rates
         self._hub: asyncio.Task[Hub] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,6 +76,19 @@ class Gateway:
             if installation is not None and installation.enabled:
                 having.append(plugin)
         return having
+
+    def tools_of(self, org_id: str) -> ToolLists:
+        """Which tools the org's clients may use. Raises ``NotYetError`` if that is not known yet."""
+        if (lists := self._policy.known(org_id)) is None:
+            raise NotYetError(lambda: self._policy.tool_lists(org_id), "The store is too busy")
+        return lists
+
+    def called(self, exchange: Exchange, plugin: str, org_id: str, tool: str) -> None:
+        """Keep word of a call of a tool at a worker's own URL, which has been answered, or left."""
+        actor = exchange.principal.actor if exchange.principal else ""
+        ms = round((self._pool.loop.time() - exchange.started) * 1000, 1)
+        outcome = _OUTCOMES.get(exchange.status, "unavailable")
+        self._audit.record(ToolCall(org_id, actor, plugin, "", tool, outcome, ms, exchange.id))
 
     def answer(self, exchange: Exchange, body: bytes, org_id: str, plugin: Plugin | None) -> None:
         """Answer a request to the endpoint of an org's servers: those of ``plugin``, or all."""
@@ -97,7 +124,7 @@ class Gateway:
         began = time.monotonic()
         module = await asyncio.to_thread(importlib.import_module, "hayhost.mcp.hub")
         get_logger().debug("MCP is ready", ms=round((time.monotonic() - began) * 1000))
-        hub: Hub = module.Hub(self._pool, self.plugins_of, self._policy, self._audit)
+        hub: Hub = module.Hub(self._pool, self.plugins_of, self._policy, self._audit, self._rates)
         return hub
 
     def end_streams(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from hayhost.catalog import Plugin
 from hayhost.errors import StoreError, UnavailableError
 from hayhost.pool import Pool
+from hayhost.rates import Rates
 
 from .access import Audit, ToolPolicy
 from .endpoint import Endpoint
@@ -34,11 +35,17 @@ class Hub:
     """Makes endpoints, lets unused ones go, and has their clients told what changes."""
 
     def __init__(
-        self, pool: Pool, plugins_of: Callable[[str], Awaitable[list[Plugin]]], policy: ToolPolicy, audit: Audit
+        self,
+        pool: Pool,
+        plugins_of: Callable[[str], Awaitable[list[Plugin]]],
+        policy: ToolPolicy,
+        audit: Audit,
+        rates: Rates,
     ) -> None:
         self.settings = pool.settings
         self.policy = policy
         self.audit = audit
+        self.rates = rates
         self.listings = Listings(pool, self._changed, self._noticed)
         self.requests = Requests(pool, pool.settings.mcp_requests)
         self._pool = pool

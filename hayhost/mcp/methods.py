@@ -13,15 +13,16 @@ from mcp_types.methods import serialize_server_result
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from hayhost.errors import StoreError
+from hayhost.errors import RequestError, StoreError
 from hayhost.logs import get_logger
+from hayhost.rates import Rates
 from hayhost.settings import Settings
 
 from .access import Audit, ToolCall, ToolPolicy
 from .calls import ServerError
 from .clients import Caller, Session, is_modern
 from .listings import Listings, Served, Shelf
-from .requests import NOT_AVAILABLE, TIMED_OUT, Requests
+from .requests import NOT_AVAILABLE, TIMED_OUT, Requests, refusal
 from .shape import KEYS
 from .view import Entry, View
 
@@ -47,6 +48,7 @@ class Parts(Protocol):
     requests: Requests
     policy: ToolPolicy
     audit: Audit
+    rates: Rates
 
 
 class Methods:
@@ -234,6 +236,11 @@ class Methods:
         entry: Entry | None = None,
         method: str | None = None,
     ) -> dict[str, Any]:
+        if not self._name:  # at a plugin's own endpoint, the request was counted as it came
+            try:
+                self._parts.rates.check(shelf.plugin.name, self._org_id)
+            except RequestError as error:
+                raise refusal(error) from None
         session = self._session(ctx)
         caller = Caller(ctx, session.level if session else "")
         meta = (entry.item.get("_meta") or {}) if entry else {}

@@ -10,7 +10,7 @@ from hayhost.pool import Pool
 from .calls import Call, ServerError
 from .listings import Served, Shelf
 
-__all__ = ["NOT_AVAILABLE", "TIMED_OUT", "Client", "Requests"]
+__all__ = ["NOT_AVAILABLE", "TIMED_OUT", "Client", "Requests", "refusal"]
 
 NOT_AVAILABLE: Final = -32000
 TIMED_OUT: Final = -32001
@@ -18,6 +18,12 @@ TIMED_OUT: Final = -32001
 _WAITING: Final = 4
 """Requests of an org that may wait, per one that may be under way."""
 _QUESTIONS: Final = 16  # of a server to its client, at once
+
+
+def refusal(error: RequestError) -> ServerError:
+    """What a client is told of a request that the host refuses for now."""
+    retry = error.headers.get("Retry-After")
+    return ServerError(NOT_AVAILABLE, error.message, {"retryAfter": int(retry)} if retry else None)
 
 
 class Client(Protocol):
@@ -103,8 +109,7 @@ class Requests:
         except RequestError as error:
             if isinstance(error, WorkerLostError):
                 breaker.failed(loop.time(), error.message)
-            retry = error.headers.get("Retry-After")
-            raise ServerError(NOT_AVAILABLE, error.message, {"retryAfter": int(retry)} if retry else None) from None
+            raise refusal(error) from None
         except ServerError as error:
             if error.code in (NOT_AVAILABLE, TIMED_OUT) and reached:
                 breaker.failed(loop.time(), str(error)[:200])

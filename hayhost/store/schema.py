@@ -6,9 +6,21 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-__all__ = ["HEAD", "VERSION_TABLE", "Moment", "audit", "flows", "installations", "keys", "metadata", "orgs", "tokens"]
+__all__ = [
+    "HEAD",
+    "VERSION_TABLE",
+    "Moment",
+    "audit",
+    "calls",
+    "flows",
+    "installations",
+    "keys",
+    "metadata",
+    "orgs",
+    "tokens",
+]
 
-HEAD: Final = "0002"
+HEAD: Final = "0003"
 """The migration that these tables are the result of."""
 
 VERSION_TABLE: Final = "hayhost_version"
@@ -42,6 +54,7 @@ orgs = sa.Table(
     sa.Column("id", _Id, primary_key=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("created", Moment, nullable=False),
+    sa.Column("tools", sa.Text, nullable=False, server_default='{"allow":[],"deny":[]}'),
 )
 
 installations = sa.Table(
@@ -97,6 +110,23 @@ audit = sa.Table(
     sa.Column("details", sa.Text, nullable=False),
     sa.Index("audit_by_org", "org", "id"),
     sa.Index("audit_by_plugin", "plugin", "id"),
+    sqlite_autoincrement=True,
+)
+
+# The part of the audit log that has calls of tools. They are many: among changes they would hide these, and hosts that
+# follow changes would have to read them.
+calls = sa.Table(
+    "audit_calls",
+    metadata,
+    sa.Column("id", _Serial, primary_key=True),
+    sa.Column("at", Moment, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("org", _Id, nullable=False),
+    sa.Column("plugin", _Id),
+    sa.Column("outcome", sa.Text, nullable=False),
+    sa.Column("details", sa.Text, nullable=False),
+    sa.Index("audit_calls_by_org", "org", "id"),
+    sa.Index("audit_calls_by_plugin", "plugin", "id"),
     sqlite_autoincrement=True,
 )
 

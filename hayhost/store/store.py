@@ -25,6 +25,7 @@ from .orgs import Orgs
 from .refreshes import Refreshes
 from .rotation import KeyUse, prove, rotate, uses
 from .tokens import Tokens
+from .tools import Tools
 
 __all__ = ["Store", "open_store"]
 
@@ -78,6 +79,7 @@ class Store:
         self.installations: Final = Installations(self._database, keyring)
         self.installs: Final = StoreInstalls(self.installations)
         self.tokens: Final = Tokens(self._database)
+        self.tools: Final = Tools(self._database)
         self.audit: Final = Audit(self._database)
         self.flows: Final = Flows(self._database, keyring)
         self.refreshes: Final = Refreshes(self._database, self.installations)
@@ -112,7 +114,9 @@ class Store:
             await asyncio.wait({self._flusher})
         if self._feed is not None:
             await self._feed.stop()
-        await self._attempt(self.flush(), "states were not stored")
+        await self._attempt(self.flush(), "states, times of use or calls of tools were not stored")
+        if self.audit.waiting:
+            get_logger().warning("calls of tools are missing in the audit log", calls=self.audit.waiting)
         await self._database.close()
 
     @whole
@@ -137,7 +141,8 @@ class Store:
         return await rotate(self._database, self._keyring, actor=actor, progress=progress)
 
     async def flush(self) -> None:
-        """Write states and times of use now. Raises ``StoreUnavailableError``."""
+        """Write states, times of use and calls now. Raises ``StoreUnavailableError``."""
+        await self.audit.flush()
         await self.installations.flush()
         await self.tokens.flush()
 
@@ -153,6 +158,7 @@ class Store:
             await asyncio.sleep(_FLUSH)
             rounds += 1
             await self._attempt(self.installations.flush(), "states were not stored")
+            await self._attempt(self.audit.flush(), "calls of tools were not stored yet")
             if rounds % _FLUSH_USES_EVERY == 0:
                 await self._attempt(self.tokens.flush(), "times of use were not stored")
             if rounds % _EXPIRE_EVERY == 0:
@@ -161,7 +167,9 @@ class Store:
     def _changed_here(self, changes: Sequence[Change]) -> None:
         self.installs.changed(changes, elsewhere=False)
         self.tokens.changed(changes)
+        self.tools.changed(changes)
 
     def _changed_elsewhere(self, changes: Sequence[Change] | None) -> None:
         self.installs.changed(changes, elsewhere=True)
         self.tokens.changed(changes)
+        self.tools.changed(changes)

@@ -31,6 +31,7 @@ __all__ = ["OfficialServer", "is_official"]
 _TRANSPORT: Final = TransportContext(kind="local", can_send_request=True)
 _LISTEN: Final = "subscriptions/listen"
 _EVENTS: Final = {"toolsListChanged": True, "promptsListChanged": True, "resourcesListChanged": True}
+_MOST_WATCHED: Final = 1_000  # resources whose changes clients of the org want to hear of
 
 
 def is_official(candidate: Any) -> bool:
