@@ -36,7 +36,8 @@ V = TypeVar("V")
 
 @dataclass(slots=True)
 class Counters:
-    """What one plugin did for one org. ``sent`` and ``received`` are bytes, and what its worker says."""
+    """What one plugin did for one org. ``sent`` and ``received`` are bytes: of a worker's own connections what it
+    says, of those of its programs what was counted."""
 
     connected: int = 0
     refused: int = 0
@@ -86,7 +87,7 @@ class Egress:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ids = 0
         self._workers: dict[int, tuple[str, str]] = {}
-        self._waiting: list[tuple[int, messages.Attach]] = []
+        self._waiting: list[tuple[list[int], messages.Attach]] = []
         self._restart: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._closing = False
@@ -140,38 +141,54 @@ class Egress:
     def _hello(self, _pid: int, _message: wire.Hello) -> None:
         self._started = time.monotonic()
         waiting, self._waiting = self._waiting, []
-        for descriptor, attach in waiting:
-            self._give(descriptor, attach)
+        for descriptors, attach in waiting:
+            self._give(descriptors, attach)
         if not self._ready.done():
             self._ready.set_result(None)
 
-    def attach(self, descriptor: int, plugin: str, org: str, network: bool | Sequence[str]) -> None:
+    def attach(
+        self,
+        descriptor: int,
+        plugin: str,
+        org: str,
+        network: bool | Sequence[str],
+        *,
+        proxy: tuple[int, str] | None = None,
+    ) -> None:
         """Give the broker its end of a worker's socket pair, which is closed here: the worker is of ``org`` from now
-        on. While there is no broker, the worker waits for the next."""
+        on. While there is no broker, the worker waits for the next.
+
+        ``proxy``, for the worker's programs, is a socket on which the broker is handed another one that listens for
+        them, and closed here as well, and the secret by which they make themselves known.
+        """
         self._ids += 1
-        attach = messages.Attach(self._ids, plugin, org, network if isinstance(network, bool) else list(network))
+        rules = network if isinstance(network, bool) else list(network)
+        end, secret = proxy or (-1, "")
+        attach = messages.Attach(self._ids, plugin, org, rules, secret)
+        descriptors = [descriptor, end] if proxy else [descriptor]
         if self._closing:
-            os.close(descriptor)
+            _close(descriptors)
         elif self._channel is None or self._channel.is_closed or not self._ready.done():
             self._drop_ended()
-            self._waiting.append((descriptor, attach))
+            self._waiting.append((descriptors, attach))
         else:
-            self._give(descriptor, attach)
+            self._give(descriptors, attach)
 
     def _drop_ended(self) -> None:
         """Close the descriptors of workers that have ended while there was no broker to give them to."""
         poll = select.poll()
-        for descriptor, _ in self._waiting:
-            poll.register(descriptor, 0)  # whose other end is closed is told of in any case
+        for descriptors, _ in self._waiting:
+            poll.register(descriptors[0], 0)  # whose other end is closed is told of in any case
         ended = {descriptor for descriptor, _ in poll.poll(0)}
-        self._waiting = [waiting for waiting in self._waiting if waiting[0] not in ended]
-        for descriptor in ended:
-            os.close(descriptor)
+        for descriptors, _ in self._waiting:
+            if descriptors[0] in ended:
+                _close(descriptors)
+        self._waiting = [waiting for waiting in self._waiting if waiting[0][0] not in ended]
 
-    def _give(self, descriptor: int, attach: messages.Attach) -> None:
+    def _give(self, descriptors: list[int], attach: messages.Attach) -> None:
         assert self._channel is not None
         self._workers[attach.id] = attach.plugin, attach.org
-        self._channel.send(attach, [descriptor])
+        self._channel.send(attach, descriptors)
 
     def _closed(self, reason: str) -> None:
         self._end()
@@ -224,7 +241,8 @@ class Egress:
         if isinstance(message, messages.Connected):
             self._log(worker, "connected", **endpoint, address=message.address, ms=message.ms)
         elif isinstance(message, messages.Closed):
-            said = {"sent": message.sent, "received": message.received, "source": "worker"}
+            source = "broker" if message.counted else "worker"
+            said = {"sent": message.sent, "received": message.received, "source": source}
             self._log(worker, "connection closed", **endpoint, **said)
         elif message.policy:
             self._log(worker, "connection refused", **endpoint, reason=message.reason)
@@ -242,8 +260,8 @@ class Egress:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        for descriptor, _ in self._waiting:
-            os.close(descriptor)
+        for descriptors, _ in self._waiting:
+            _close(descriptors)
         self._waiting.clear()
         if self._channel is not None:
             self._channel.close()
@@ -261,6 +279,11 @@ def _count(counters: Counters, message: messages.Connected | messages.Closed | m
         counters.refused += 1
     else:
         counters.failed += 1
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _recent(kept: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:

@@ -169,12 +169,18 @@ class Isolation:
         namespaces = "namespaces" in layers
         uid = _UIDS[0] + secrets.randbelow(_UIDS[1] - _UIDS[0]) if "uid" in layers else None
         abi = landlock.abi() if "landlock" in layers else 0
+        unproxied = _unproxied(layers, abi)
+        proxied = bool(programs and permissions.network) and not unproxied
+        if programs and permissions.network and unproxied:
+            log = get_logger()
+            log.warning("the programs of the plugin have no network", plugin=manifest.name, reason=unproxied)
         rules = seccomp.Rules(
             subprocess=bool(programs),
             private_root=namespaces,
             private_processes=namespaces,
             scoped_signals=abi >= landlock.SIGNALS_SCOPED,
             truncate=namespaces or abi >= landlock.TRUNCATE_GOVERNED,
+            connect=proxied,
         )
         trees = (str(manifest.folder), *self._interpreter, *_SYSTEM, *programs, *(_FOR_PROGRAMS if programs else ()))
         filtered = "seccomp" in layers
@@ -184,6 +190,7 @@ class Isolation:
             readable=tuple(outermost(os.path.realpath(tree) for tree in trees if os.path.exists(tree))),
             writable=tuple(self._settings.writable),
             programs=programs,
+            proxied=proxied,
             scratch=SCRATCH if namespaces else self._folder(),
             scratch_size=_SCRATCH,
             memory=permissions.memory or _MEMORY,
@@ -316,6 +323,15 @@ def _wanted(settings: Settings) -> tuple[frozenset[Layer], Level]:
     level = Level[settings.isolation.upper()]
     inspection: frozenset[Layer] = frozenset({"inspection"} if level.layers else ())
     return level.layers | inspection, level  # asked for by name, it is had or nothing is started
+
+
+def _unproxied(layers: frozenset[Layer], abi: int) -> str:
+    """What is missing for programs to reach the broker's proxy and nothing else; empty if nothing is."""
+    if missing := [layer for layer in ("namespaces", "landlock", "seccomp") if layer not in layers]:
+        return f"that needs isolation by {', '.join(missing)}; hayhost doctor says why there is none"
+    if abi < landlock.CONNECT_GOVERNED:
+        return f"that needs Landlock {landlock.CONNECT_GOVERNED} (Linux 6.7); this kernel has {abi}"
+    return ""
 
 
 def _refusal(level: Level, required: Level, problems: dict[str, str]) -> str:

@@ -263,7 +263,7 @@ class Zygote:
         self.alive = True
         self.threads = 1
         """How many threads it had when the plugin was loaded."""
-        self.keeper = Keeper(keeper) if "namespaces" in spec.plan.layers else None
+        self.keeper = Keeper(keeper, proxied=spec.plan.proxied) if "namespaces" in spec.plan.layers else None
         """Who makes its workers' scratch folders, if they are in namespaces."""
         if self.keeper is None:
             keeper.close()
@@ -376,13 +376,13 @@ class Zygote:
         asyncio.get_running_loop().call_later(_LEAVE, self._nursery.left, self._name)
 
     def fork(
-        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
+        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1, proxy: int = 0
     ) -> tuple[socket.socket, Descriptors]:
         """Have a worker forked; the front's end of its socket, and the descriptors that it is given.
 
         With ``become`` the zygote itself is the worker. ``broker``, if there is one, is its end of a socket to the
-        egress broker, and closed here. What it writes to its descriptors 1 and 2 goes to ``log``, and through no pipe
-        that another org's worker has.
+        egress broker, and closed here; ``proxy`` is the port of its programs' proxy, or 0. What it writes to its
+        descriptors 1 and 2 goes to ``log``, and through no pipe that another org's worker has.
         """
         try:
             ours, theirs = socket_pair()
@@ -394,7 +394,7 @@ class Zygote:
         _Output(reader, log)
         given = [theirs.detach(), writer, *([broker] if broker >= 0 else [])]
         seen = frozenset((status.st_dev, status.st_ino) for status in map(os.fstat, given))
-        self._channel.send(wire.Fork(become, scratch, broker >= 0), given)
+        self._channel.send(wire.Fork(become, scratch, broker >= 0, proxy), given)
         self._became = become
         return ours, seen
 

@@ -5,8 +5,10 @@ import fcntl
 import math
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,10 +20,21 @@ from .channel import Channel, Exits
 from .errors import StartFailedError
 from .logs import get_logger
 
-__all__ = ["Folders", "Keeper", "Scratches"]
+__all__ = ["Doorway", "Folders", "Keeper", "Scratches"]
 
 _PREFIX: Final = "hayhost-scratch-"
 _TIMEOUT: Final = 10.0
+# Of an empty network of the plugin's own. Not those that the kernel gives to whoever connects, so that none is taken.
+_PORTS: Final = range(10_000, 32_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Doorway:
+    """Where one worker's programs get to the egress broker: a port in their namespaces, and a socket for the
+    broker, on which it is handed what listens there."""
+
+    port: int
+    end: socket.socket
 
 
 class Scratches(Protocol):
@@ -40,7 +53,11 @@ class Keeper:
     When the keeper hears no more of the front, it ends and all in its namespaces with it.
     """
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, *, proxied: bool = False) -> None:
+        self.doorways: dict[str, Doorway] = {}
+        """With ``proxied``: that of each worker, by the name of its folder, with which it is made and dropped."""
+        self._proxied = proxied
+        self._port = 0
         self._waiting: dict[str, asyncio.Future[str]] = {}
         self._made: set[str] = set()
         self._leaving = False
@@ -54,7 +71,12 @@ class Keeper:
         """See ``Scratches.make``."""
         made = self._waiting[name] = asyncio.get_running_loop().create_future()
         self._made.add(name)
-        self._channel.send(wire.MakeScratch(name))
+        if self._proxied:
+            ours, theirs = socket.socketpair()
+            self.doorways[name] = Doorway(self._free_port(), ours)
+            self._channel.send(wire.MakeScratch(name, self.doorways[name].port), [theirs.detach()])
+        else:
+            self._channel.send(wire.MakeScratch(name))
         if self._channel.is_closed:
             self._closed("")
         error = "it is not needed any more"
@@ -71,9 +93,20 @@ class Keeper:
             raise StartFailedError(f"there is no scratch folder for the worker: {error}")
         return f"{SCRATCH}/{name}"
 
+    def _free_port(self) -> int:
+        """A port that no living worker has, and that none has had for as long as possible."""
+        taken = {doorway.port for doorway in self.doorways.values()}
+        while True:
+            port = _PORTS[self._port % len(_PORTS)]
+            self._port += 1
+            if port not in taken:
+                return port
+
     def drop(self, name: str) -> None:
         """See ``Scratches.drop``."""
         self._made.discard(name)
+        if doorway := self.doorways.pop(name, None):
+            doorway.end.close()
         self._channel.send(wire.DropScratch(name))
         if self._leaving and not self._made:
             self._channel.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import secrets
 import signal
 import socket
 import time
@@ -28,6 +29,7 @@ __all__ = ["Stream", "Worker"]
 # Besides the hooks it runs: a loaded machine's scheduling.
 SLACK: Final = 5.0
 _DUMP_TIMEOUT: Final = 2.0
+_SECRET: Final = 24  # bytes
 # Requests that are nearly done may still change the state: it is asked for when they are, or after this many seconds.
 _PAUSE: Final = 0.1
 
@@ -125,7 +127,14 @@ class Worker:
         if zygote.spec.plan.layers and version.manifest.permissions.network:
             self._broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             broker = theirs.detach()
-        sock, self._descriptors = zygote.fork(log, quarters.scratch, become=zygote is not version.zygote, broker=broker)
+        self._doorway = zygote.keeper.doorways.get(quarters.name) if zygote.keeper else None
+        sock, self._descriptors = zygote.fork(
+            log,
+            quarters.scratch,
+            become=zygote is not version.zygote,
+            broker=broker,
+            proxy=self._doorway.port if self._doorway else 0,
+        )
         self._channel = Channel(
             sock,
             wire.FromWorker,
@@ -185,6 +194,7 @@ class Worker:
         encode = msgspec.json.encode
         self._log.bind(org=installation.org_id)
         self.installation = installation
+        secret = secrets.token_urlsafe(_SECRET) if self._doorway else ""
         identity = wire.Start(
             installation.org_id,
             installation.org_name,
@@ -194,6 +204,7 @@ class Worker:
             serve,
             hook_timeout,
             installation.problem,
+            f"http://worker:{secret}@127.0.0.1:{self._doorway.port}" if self._doorway else "",
         )
         try:
             self._channel.send(identity)
@@ -204,7 +215,11 @@ class Worker:
         if self._broker is not None:
             network = self.version.manifest.permissions.network
             self._isolation.egress.attach(
-                self._broker.detach(), self.version.manifest.name, installation.org_id, network
+                self._broker.detach(),
+                self.version.manifest.name,
+                installation.org_id,
+                network,
+                proxy=(self._doorway.end.detach(), secret) if self._doorway else None,
             )
 
     async def ready(self, timeout: float) -> str:

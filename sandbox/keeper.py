@@ -1,8 +1,9 @@
 """The keeper: the first process in the namespaces of a loaded plugin. Trusted code only; it runs none of the plugin's.
 
 Whatever loses its parent in there becomes its child, and all of them end with it. It makes the workers' scratch
-folders, as nobody else in there may mount anything, and leaves when the last process that it keeps has gone, or when
-the front lets go of it: then nothing that a plugin has left behind is of use to anybody.
+folders, as nobody else in there may mount anything, and the sockets on which the egress broker, which is outside, hears
+of the workers' programs. It leaves when the last process that it keeps has gone, or when the front lets go of it: then
+nothing that a plugin has left behind is of use to anybody.
 """
 
 import os
@@ -17,6 +18,7 @@ from .confinement.descriptors import close_all_but
 __all__ = ["split"]
 
 _CAP_SYS_ADMIN = 1 << 21
+_BACKLOG = 64
 
 
 def split(plan: Plan, control: int, keeper: int) -> None:
@@ -25,6 +27,8 @@ def split(plan: Plan, control: int, keeper: int) -> None:
     Raises ``OSError`` if there can be no namespaces, in the process that is to say so on ``control``.
     """
     namespaces.unshare()
+    if plan.proxied:
+        namespaces.raise_loopback()
     if os.fork():
         os._exit(0)  # what counts is the child, the first in its process tree; the nursery takes it over
     os.setsid()
@@ -44,6 +48,7 @@ def _keep(sock: socket.socket, scratches: namespaces.Scratches) -> NoReturn:
     privileges.drop_capabilities(_CAP_SYS_ADMIN)
     privileges.forbid_new()
     decoder: wire.Decoder[wire.ToKeeper] = wire.Decoder(wire.ToKeeper)
+    descriptors: list[int] = []
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     poll.register(wake, select.POLLIN)
@@ -55,23 +60,35 @@ def _keep(sock: socket.socket, scratches: namespaces.Scratches) -> NoReturn:
                 for pid, status in processes.reap():
                     _send(sock, wire.ChildExited(pid, status))
                 continue
-            data = processes.receive(sock, 1 << 16, [])
+            data = processes.receive(sock, 1 << 16, descriptors)
             if not data:
                 os._exit(0)
             for message in decoder.feed(data):
                 if isinstance(message, wire.MakeScratch):
-                    _send(sock, wire.ScratchMade(message.name, _made(scratches, message.name)))
+                    end = descriptors.pop(0) if message.port else None
+                    _send(sock, wire.ScratchMade(message.name, _made(scratches, message.name, message.port, end)))
                 else:
                     scratches.drop(message.name)
     os._exit(0)
 
 
-def _made(scratches: namespaces.Scratches, name: str) -> str:
+def _made(scratches: namespaces.Scratches, name: str, port: int, end: int | None) -> str:
     try:
         scratches.make(name)
+        if end is not None:
+            _listen(port, end)
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def _listen(port: int, end: int) -> None:
+    """Put a socket that listens on ``port`` of these namespaces into the socket pair ``end``. None stays here."""
+    with socket.socket(fileno=end) as broker, socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections of the port do not matter
+        listener.bind(("127.0.0.1", port))
+        listener.listen(_BACKLOG)
+        socket.send_fds(broker, [b"\0"], [listener.fileno()])
 
 
 def _send(sock: socket.socket, message: wire.Message) -> None:

@@ -129,11 +129,13 @@ class ChildExited(Message, tag=2):
 class Fork(Message, tag=3):
     """Fork a worker with the scratch folder ``scratch``; its socket and the pipe for its raw stdout and stderr come
     along and, with ``network``, its socket to the broker. With ``become`` the zygote itself turns into the worker: that
-    is how each worker of a plugin that must not be forked gets a process of its own."""
+    is how each worker of a plugin that must not be forked gets a process of its own. ``proxy`` is the port of its
+    programs' proxy, or 0."""
 
     become: bool = False
     scratch: str = ""
     network: bool = False
+    proxy: int = 0
 
 
 class Loaded(Message, tag=4):
@@ -156,9 +158,14 @@ class LoadFailed(Message, tag=5):
 
 
 class MakeScratch(Message, tag=26):
-    """Make the scratch folder ``name``; ``ScratchMade`` is the answer."""
+    """Make the scratch folder ``name``; ``ScratchMade`` is the answer.
+
+    With ``port`` a Unix stream socket comes along. On it one byte is sent with a descriptor, of a socket that listens
+    on that port of the namespaces' 127.0.0.1.
+    """
 
     name: str
+    port: int = 0
 
 
 class DropScratch(Message, tag=27):
@@ -297,7 +304,8 @@ class Admitted(Message, tag=29):
 class Start(Message, tag=16):
     """The worker's identity. ``config``, ``auth`` and ``env`` are JSON objects; ``auth`` may be ``null``.
 
-    With ``serve`` false the worker is a throwaway: it runs the hooks it is told to, without ``on_start``.
+    With ``serve`` false the worker is a throwaway: it runs the hooks it is told to, without ``on_start``. ``proxy`` is
+    the URL of its programs' proxy with the credentials for it; empty if there is none.
     """
 
     org_id: str
@@ -308,6 +316,7 @@ class Start(Message, tag=16):
     serve: bool
     hook_timeout: float
     degraded: str
+    proxy: str = ""
 
 
 class Request(Message, tag=17):

@@ -35,7 +35,7 @@ from hayhost.sdk import (
 )
 from hayhost.sdk._checks import check
 
-from . import confinement, network, processes, refusals, wire
+from . import confinement, network, processes, programs, refusals, wire
 from .capture import Capture
 from .dispatch import Caller, Dispatcher
 from .link import Link
@@ -58,6 +58,7 @@ def run(
     capture: Capture,
     prepared: confinement.Prepared | None,
     scratch: str,
+    proxy: int,
     descriptor: int,
     output: int,
     broker: int = -1,
@@ -65,15 +66,15 @@ def run(
     """Be a worker; the body of a forked process.
 
     ``prepared`` is its confinement if that could be made ready before, ``scratch`` the folder that it may write to,
-    ``descriptor`` its socket, ``output`` where raw output goes, ``broker`` its socket to the egress broker if it may
-    connect to anything.
+    ``proxy`` the port that its programs may connect to, or 0, ``descriptor`` its socket, ``output`` where raw output
+    goes, ``broker`` its socket to the egress broker if it may connect to anything.
     """
     stamps: list[wire.Stamp] = [("forked", time.monotonic_ns())]
     _detach(output)
     sock = socket.socket(fileno=descriptor)
     try:
         prepared = prepared or confinement.Prepared(plugin.spec.plan)
-        confinement.after_fork(prepared, {descriptor, broker}, scratch)
+        confinement.after_fork(prepared, {descriptor, broker}, scratch, proxy)
     except OSError as error:
         sock.sendall(wire.encode(wire.Failed(f"it cannot be isolated: {error}")))
         os._exit(1)
@@ -175,6 +176,8 @@ class _Worker:
         stamps: list[wire.Stamp] = [("identity", time.monotonic_ns())]
         self._hook_timeout = start.hook_timeout
         self._org = Org(start.org_id, start.org_name)
+        if start.proxy:
+            programs.use_proxy(start.proxy)
         self._env: dict[str, str] = msgspec.json.decode(start.env)
         self._take(start.config, start.auth)
         init = McpInitContext(self._config, self._auth, self._logger)

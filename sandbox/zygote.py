@@ -189,7 +189,8 @@ class _Zygote:
     def _fork(self, plugin: LoadedPlugin, message: wire.Fork, descriptors: list[int]) -> None:
         from .worker import run as run_worker
 
-        run = functools.partial(run_worker, plugin, self.capture, self._prepared, message.scratch, *descriptors)
+        confined = (self._prepared, message.scratch, message.proxy)
+        run = functools.partial(run_worker, plugin, self.capture, *confined, *descriptors)
         if message.become:
             run()
         try:

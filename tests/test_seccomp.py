@@ -1,5 +1,6 @@
 """Seccomp filters, interpreted for both machines and compared with what libseccomp makes."""
 
+import dataclasses
 import errno
 import fcntl
 import itertools
@@ -22,6 +23,7 @@ _Build = Callable[..., bytes]
 _FILTERS: Final[tuple[_Build, ...]] = (zygote_filter, worker_filter)
 _RULES: Final = [Rules(*flags) for flags in itertools.product((False, True), repeat=5)]
 _ALL: Final = Rules(subprocess=True, private_root=True, scoped_signals=True)
+_RULES += [dataclasses.replace(rules, connect=True) for rules in (Rules(), _ALL)]
 _ALLOW: Final = "allow"
 _GARBAGE: Final = 0xDEADBEEF << 32
 _POINTER: Final = 0x7FFF_0000_1000
@@ -145,7 +147,7 @@ _NEVER: Final = """
     bpf perf_event_open userfaultfd memfd_create memfd_secret keyctl add_key request_key lookup_dcookie
     unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick move_mount open_tree open_tree_attr
     mount_setattr statmount listmount name_to_handle_at open_by_handle_at quotactl quotactl_fd swapon swapoff acct
-    socket connect bind listen accept accept4 splice tee vmsplice sync syncfs
+    bind listen accept accept4 splice tee vmsplice sync syncfs
     inotify_init1 inotify_add_watch inotify_rm_watch fanotify_init fanotify_mark cachestat file_getattr file_setattr
     tkill rt_sigqueueinfo rt_tgsigqueueinfo ioprio_set ioprio_get sched_setscheduler sched_setparam sched_setattr
     setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset personality
@@ -233,6 +235,12 @@ _CASES: Final[list[tuple[str, tuple[int, ...], str]]] = [
     ("socketpair", (1 | _GARBAGE, 1 | _GARBAGE), "always"),
     *[("socketpair", (1, kind), "") for kind in (0, 2, 3, 5, 2 | 0o2000000, _GARBAGE | 2)],
     *[("socketpair", (family, 1), "") for family in (0, 2, 10, 16, 17, 30, 38, 40)],
+    ("connect", (3, _POINTER, 16), "connect"),
+    *[("socket", (2, kind, protocol), "connect") for kind in (1, 1 | 0o2004000, _GARBAGE | 1) for protocol in (0, 6)],
+    ("socket", (_GARBAGE | 2, 1, _GARBAGE | 6), "connect"),
+    *[("socket", (family, kind, 0), "") for family in (0, 1, 10, 16, 17, 38, 40, 44) for kind in (1, 2, 3, 5)],
+    *[("socket", (2, kind, 0), "") for kind in (0, 2, 3, 4, 5, 6, 10, 2 | 0o2000000, 1 | 16)],
+    *[("socket", (2, 1, protocol), "") for protocol in (1, 17, 33, 132, 136, 256, 262)],
     ("sendto", (3, _POINTER, 5, 0x4000, 0, 0), "always"),
     ("sendto", (3, _POINTER, 5, 0, 1, 16), ""),
     ("sendto", (3, _POINTER, 5, 0, 1 << 32, 16), ""),
@@ -298,6 +306,7 @@ def test_decisions_about_arguments(rules: Rules, build: _Build, machine: str) ->
         "scoped": rules.scoped_signals,
         "tree": rules.private_processes,
         "truncate": rules.truncate,
+        "connect": rules.connect,
     }
     for name, args, needs in _CASES + (_X86_CASES if machine == "x86_64" else []):
         allowed = bool(needs) and eval(needs, {}, facts)  # noqa: S307  # of the literals above

@@ -46,11 +46,11 @@ UNIONS: list[tuple[Any, list[wire.Message]]] = [
     (wire.FromWorker, UP),
     (wire.ToWorker, DOWN),
     (wire.FromZygote, ZYGOTE),
-    (wire.ToZygote, [wire.Admitted(), wire.Fork(), wire.Fork(True)]),
+    (wire.ToZygote, [wire.Admitted(), wire.Fork(), wire.Fork(True), wire.Fork(proxy=10_000)]),
     (wire.FromNursery, [wire.Hello(wire.VERSION, []), wire.ChildExited(1, 0), wire.Probed({"uid": "no"}, ["/lib"])]),
     (wire.ToNursery, [wire.SpawnZygote(1, b"pickled"), wire.SpawnZygote(1, b"", True), wire.Probe()]),
     (wire.FromKeeper, [wire.Hello(wire.VERSION, []), wire.ScratchMade("a", ""), wire.ChildExited(1, 0)]),
-    (wire.ToKeeper, [wire.MakeScratch("a"), wire.DropScratch("a")]),
+    (wire.ToKeeper, [wire.MakeScratch("a"), wire.MakeScratch("a", 10_000), wire.DropScratch("a")]),
 ]
 MESSAGES = [message for _, messages in UNIONS for message in messages]
 

@@ -11,6 +11,7 @@ __all__ = ["Org", "Orgs", "TokenBucket"]
 DIALS_PER_MINUTE: Final = 1200
 DIALS_AT_ONCE: Final = 400
 PENDING_PER_ORG: Final = 128
+TUNNELS_PER_ORG: Final = 128
 _REMEMBERED: Final = 10_000  # orgs whose last worker is gone: leaving and coming back does not refill anything
 
 
@@ -41,6 +42,7 @@ class Org:
         self.id = org
         self.workers = 0
         self.pending = 0
+        self.tunnels = 0
         self.resolving = Share()
         self._dials = TokenBucket(DIALS_PER_MINUTE / 60, DIALS_AT_ONCE)
 

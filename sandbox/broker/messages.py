@@ -51,12 +51,17 @@ class Configure(wire.Message, tag=31):
 
 
 class Attach(wire.Message, tag=32):
-    """One descriptor comes along: the broker's end of a worker's. ``id`` is the front's, never used again."""
+    """One descriptor comes along: the broker's end of a worker's. ``id`` is the front's, never used again.
+
+    With ``secret`` there is a second one: a socket on which a byte and another descriptor wait, which listens for the
+    worker's programs. They make themselves known by the secret.
+    """
 
     id: Number
     plugin: str
     org: str
     network: bool | list[str]
+    secret: str = ""
 
 
 # ---- broker -> front
@@ -83,13 +88,15 @@ class Refused(wire.Message, tag=34):
 
 
 class Closed(wire.Message, tag=35):
-    """Worker ``id`` says that it closed a connection, and how many bytes went through it."""
+    """Worker ``id`` says that it closed a connection, and how many bytes went through it; or, with ``counted``, the
+    broker has counted what one of its programs sent and received."""
 
     id: Number
     host: str
     port: int
     sent: Number
     received: Number
+    counted: bool = False
 
 
 class Gone(wire.Message, tag=36):

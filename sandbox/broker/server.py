@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -24,7 +25,7 @@ import msgspec
 from .. import wire
 from .addresses import Policy
 from .dialler import DialError, Dialler
-from .limits import Org, Orgs, TokenBucket
+from .limits import TUNNELS_PER_ORG, Org, Orgs, TokenBucket
 from .messages import (
     MAX_DATAGRAM,
     Answer,
@@ -42,6 +43,8 @@ from .messages import (
     ToBroker,
 )
 from .names import Rules, literal, normalise
+from .pinning import pin
+from .proxy import Proxy
 from .resolver import Resolver
 
 __all__ = ["main"]
@@ -50,6 +53,7 @@ PENDING_PER_WORKER: Final = 32
 """Dials of one worker at once. Its further datagrams stay in its own socket until one of these is answered."""
 
 _PENDING: Final = 1024  # of all; each holds two descriptors
+_TUNNELS: Final = 2048  # of all, each with two descriptors as well
 _OPEN: Final = 1024  # connections of a worker whose end it may still report
 _DATAGRAMS: Final = (200.0, 400)  # per second and at once, per worker: every dial has two, and retries are few
 _TURN: Final = 8  # datagrams of one worker per turn of the loop
@@ -111,6 +115,7 @@ class _Broker:
         self.front = _Front(control, self.loop)
         self.orgs = Orgs()
         self.pending = 0
+        self.tunnels = 0
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.dialler: Dialler | None = None
         self._control = control
@@ -147,7 +152,9 @@ class _Broker:
             _confine(message.uid, message.gid)
             self.front.send(wire.Hello(wire.VERSION, []))
         else:
-            self._workers.add(_Worker(self, message, socket.socket(fileno=self._descriptors.pop(0))))
+            sock = socket.socket(fileno=self._descriptors.pop(0))
+            listener = _listener(self._descriptors.pop(0)) if message.secret else None
+            self._workers.add(_Worker(self, message, sock, listener))
 
     def forget(self, worker: "_Worker") -> None:
         self._workers.discard(worker)
@@ -170,7 +177,9 @@ class _Broker:
 class _Worker:
     """One worker's descriptor. Whatever comes in on it was said by that worker, for that org."""
 
-    def __init__(self, broker: _Broker, attach: Attach, sock: socket.socket) -> None:
+    def __init__(
+        self, broker: _Broker, attach: Attach, sock: socket.socket, listener: socket.socket | None = None
+    ) -> None:
         self._broker = broker
         self._id = attach.id
         self._sock = sock
@@ -182,6 +191,8 @@ class _Worker:
         self._numbers = 0
         self._closed = False
         self._reading = False
+        self._may_connect = bool(attach.secret)
+        self._proxy = Proxy(listener, attach.secret, self) if listener else None
         with contextlib.suppress(OSError):
             sock.send(_encode(Greeting(attach.network)), _NOW)
         self._resume()
@@ -255,15 +266,14 @@ class _Worker:
 
     def _begin(self, message: Dial, reply: socket.socket) -> None:
         try:
-            host = self._judge(message)
+            host = self._judge(message.host, message.port)
         except DialError as error:
             self._refuse(message.host, message.port, error, reply)
             reply.close()
             return
         task = self._broker.loop.create_task(self._dial(host, message.port, reply))
         self._dials.add(task)
-        self._broker.pending += 1
-        self._org.pending += 1
+        self._pend(1)
         self._broker.watch(reply, task)
         task.add_done_callback(lambda task: self._ended(task, reply))
 
@@ -271,22 +281,25 @@ class _Worker:
         self._broker.unwatch(reply)
         reply.close()
         self._dials.discard(task)
-        self._broker.pending -= 1
-        self._org.pending -= 1
+        self._pend(-1)
         self._resume()
         if not task.cancelled():
             task.result()
 
-    def _judge(self, dial: Dial) -> str:
-        if literal(dial.host) is not None:
-            host = dial.host.lower()
+    def _pend(self, more: int) -> None:
+        self._broker.pending += more
+        self._org.pending += more
+
+    def _judge(self, host: str, port: int) -> str:
+        if literal(host) is not None:
+            host = host.lower()
         else:
             try:
-                host = normalise(dial.host)
+                host = normalise(host)
             except ValueError as error:
-                raise DialError(socket.EAI_NONAME, f"{dial.host!r} is {error}", policy=True) from None
-        if not self._rules.allow(host, dial.port):
-            raise DialError(errno.EPERM, f"{host}:{dial.port} is not in permissions.network", policy=True)
+                raise DialError(socket.EAI_NONAME, f"{host!r} is {error}", policy=True) from None
+        if not self._rules.allow(host, port):
+            raise DialError(errno.EPERM, f"{host}:{port} is not in permissions.network", policy=True)
         if problem := self._org.refusal(self._broker.pending >= _PENDING):
             raise DialError(errno.ENOBUFS, problem, policy=True)  # EAGAIN would mean that it goes on
         return host
@@ -300,6 +313,12 @@ class _Worker:
             self._refuse(host, port, error, reply)
             return
         with sock:
+            if self._may_connect:
+                try:
+                    pin(sock)
+                except OSError as error:  # it is over already
+                    self._refuse(host, port, DialError(error.errno or errno.EIO, str(error.strerror)), reply)
+                    return
             self._numbers += 1
             if not _answer(reply, Answer(0, "", self._numbers), sock):
                 return
@@ -311,15 +330,54 @@ class _Worker:
 
     def _refuse(self, host: str, port: int, error: DialError, reply: socket.socket) -> None:
         _answer(reply, Answer(error.number, error.text, 0))
+        self.refused(host, port, error)
+
+    # ---- for its programs: proxy.Owner
+
+    @contextlib.asynccontextmanager
+    async def connect(self, host: str, port: int) -> AsyncIterator[socket.socket]:
+        assert self._broker.dialler is not None
+        begun = time.monotonic()
+        try:
+            host = self._judge(host, port)
+            if max(self._org.tunnels - TUNNELS_PER_ORG, self._broker.tunnels - _TUNNELS) >= 0:
+                raise DialError(errno.ENOBUFS, "too many connections are open", policy=True)
+            self._pend(1)
+            try:
+                sock, address = await self._broker.dialler.dial(host, port, self._org.resolving)
+            finally:
+                self._pend(-1)
+        except DialError as error:
+            self.refused(host, port, error)
+            raise
+        with sock:
+            ms = round((time.monotonic() - begun) * 1000, 1)
+            self._broker.front.send(Connected(self._id, host, port, address, ms))
+            self._broker.tunnels += 1
+            self._org.tunnels += 1
+            try:
+                yield sock
+            finally:
+                self._broker.tunnels -= 1
+                self._org.tunnels -= 1
+
+    def refused(self, host: str, port: int, error: DialError) -> None:
         self._broker.front.send(Refused(self._id, host, port, error.text, error.policy))
 
+    def closed(self, host: str, port: int, sent: int, received: int) -> None:
+        self._broker.front.send(Closed(self._id, host, port, sent, received, True))
+
+    # ---- its end
+
     def close(self, reason: str) -> None:
-        """Forget the worker. Its connections are its own."""
+        """Forget the worker. Connections that it was passed are its own; those of its programs end."""
         if self._closed:
             return
         self._pause()
         self._closed = True
         self._sock.close()
+        if self._proxy is not None:
+            self._proxy.close()
         self._broker.orgs.leave(self._org)
         self._broker.forget(self)
         self._broker.front.send(Gone(self._id, reason))
@@ -340,6 +398,17 @@ def _answer(reply: socket.socket, answer: Answer, sock: socket.socket | None = N
     except OSError:
         return False
     return True
+
+
+def _listener(end: int) -> socket.socket | None:
+    """What has been put into a socket pair for a worker's programs to connect to. The pair is closed."""
+    with socket.socket(fileno=end) as pair:
+        try:
+            _, ancillary, _, _ = pair.recvmsg(1, _ONE_DESCRIPTOR, _NOW | socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            return None
+    found = _descriptors(ancillary)
+    return socket.socket(fileno=found[0]) if found else None
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -42,7 +42,7 @@ def before_import(plan: Plan, keep: set[int]) -> None:
     privileges.drop_capabilities()
     privileges.forbid_new()
     if "landlock" in plan.layers:
-        ruleset = _ruleset(plan)
+        ruleset = _ruleset(plan, connects=plan.proxied)  # which port it is, only a worker knows
         ruleset.grant(writable=[plan.scratch])
         ruleset.restrict()
     if "seccomp" in plan.layers:
@@ -65,17 +65,20 @@ class Prepared:
             self.ruleset.close()
 
 
-def after_fork(prepared: Prepared, keep: set[int], scratch: str) -> None:
-    """Confine a worker further: nothing of the zygote's, and of the scratch folders its own alone, is within reach."""
+def after_fork(prepared: Prepared, keep: set[int], scratch: str, proxy: int = 0) -> None:
+    """Confine a worker further: nothing of the zygote's, and of the scratch folders and the ports of proxies its own
+    alone, is within reach. ``proxy`` is that port, or 0."""
     if prepared.ruleset is not None:
         prepared.ruleset.grant(writable=[scratch])
+        if proxy:
+            prepared.ruleset.grant_connecting(proxy)
         prepared.ruleset.restrict()
     close_all_but(keep)
     if prepared.filter is not None:
         prepared.filter.install()
 
 
-def _ruleset(plan: Plan) -> landlock.Ruleset:
-    ruleset = landlock.Ruleset()
+def _ruleset(plan: Plan, *, connects: bool = False) -> landlock.Ruleset:
+    ruleset = landlock.Ruleset(connects=connects)
     ruleset.grant((*plan.readable, *_DEVICES), (*plan.writable, "/dev/null"), plan.programs)
     return ruleset

@@ -6,14 +6,16 @@ read-only as well, a few devices, and nothing else. There is no /proc in it.
 """
 
 import errno
+import fcntl
 import os
+import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 from . import kernel
 
-__all__ = ["SCRATCH", "Scratches", "enter", "outermost", "unshare"]
+__all__ = ["SCRATCH", "Scratches", "enter", "outermost", "raise_loopback", "unshare"]
 
 SCRATCH: Final = "/scratch"
 """Where the workers' scratch folders are in a private root."""
@@ -31,6 +33,9 @@ _AT_FDCWD: Final = -100
 _RDONLY, _NOSUID, _NODEV = 1, 2, 4  # as MOUNT_ATTR_* and as MS_*
 _MS_REMOUNT, _MS_NOATIME, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 1024, 4096, 16384, 1 << 18
 _MNT_DETACH: Final = 2
+
+_SIOCSIFFLAGS: Final = 0x8914  # netdevice(7)
+_IFF_UP: Final = 1
 
 _DEVICES: Final = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 _ROOT_OPTIONS: Final = "mode=755,size=1m,nr_inodes=4k"
@@ -56,6 +61,12 @@ def _unshare(flags: int) -> None:
         os.unshare(flags)
     else:
         kernel.syscall({"x86_64": 272, "aarch64": 97}[os.uname().machine], flags)
+
+
+def raise_loopback() -> None:
+    """Have the loopback interface of this network carry something. There is no other one in a new network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
 
 
 def enter(trees: Iterable[str], writable: Iterable[str] = ()) -> None:

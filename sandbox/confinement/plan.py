@@ -61,6 +61,9 @@ class Plan:
     """Folders that the operator lets plugins write to, besides their scratch folders."""
     programs: tuple[str, ...] = ()
     """Files that may be executed; none without the manifest's ``subprocess``."""
+    proxied: bool = False
+    """Whether programs reach the network by a proxy of the broker's, on a port in the namespaces that is each worker's
+    own."""
     scratch: str = ""
     """The folder that the workers' scratch folders are in."""
     scratch_size: int = 0

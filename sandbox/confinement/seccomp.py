@@ -121,8 +121,10 @@ _PRCTLS: Final = (1, 2, 3, 15, 16, 21, 23, 29, 30, 36, 38, 39, 0x53564D41)
 PR_SET_TIMERSLACK PR_GET_TIMERSLACK PR_SET_CHILD_SUBREAPER PR_SET_NO_NEW_PRIVS PR_GET_NO_NEW_PRIVS PR_SET_VMA"""
 
 _AF_UNIX: Final = 1
+_AF_INET: Final = 2
 _SOCK_STREAM: Final = 1
 _SOCK_FLAGS: Final = 0o2004000  # SOCK_CLOEXEC and SOCK_NONBLOCK
+_TCP: Final = (0, 6)  # not MPTCP, which Landlock does not know
 # Fast open connects, whatever it is given; out-of-band data on Unix sockets is of no use and has been a hole.
 _MSG_REFUSED: Final = 0x20000000 | 0x1
 
@@ -164,6 +166,10 @@ class Rules:
 
     truncate: bool = True
     """Landlock governs truncating. Without it only what is opened for writing can be truncated."""
+
+    connect: bool = False
+    """TCP leads nowhere but to one port of an empty network, so programs may connect to it. Whoever passes the worker a
+    connection from another network must see to it that it cannot be made to lead elsewhere."""
 
 
 @functools.cache  # the same for most plugins, and milliseconds to build
@@ -287,6 +293,9 @@ def _common(rules: Rules) -> dict[str, Node]:
         calls |= {"truncate": _DENY, "openat2": _UNKNOWN}
     if rules.private_root:
         calls |= dict.fromkeys(_METADATA, ALLOW)
+    if rules.connect:
+        kind = _one_of(low(1), [_SOCK_STREAM], _one_of(low(2), _TCP), mask=~_SOCK_FLAGS & bpf.WORD)
+        calls |= {"socket": _one_of(low(0), [_AF_INET], kind), "connect": ALLOW}
     if rules.subprocess:
         # Not from a descriptor alone: that would execute what is in memory only.
         calls |= {"execve": ALLOW, "execveat": _without(4, _AT_EMPTY_PATH), "vfork": ALLOW, "pidfd_open": ALLOW}
