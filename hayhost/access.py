@@ -10,7 +10,7 @@ from .answers import Principal
 from .errors import HostError, RequestError
 from .settings import Settings
 
-__all__ = ["Access", "Tokens"]
+__all__ = ["Access", "Tokens", "is_loopback"]
 
 LOCAL: Final = Principal("local")
 """Whoever reaches a host that has no tokens, which is on this machine."""
@@ -38,7 +38,7 @@ class Token(Protocol):
     def org_id(self) -> str | None: ...
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens there."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -52,7 +52,7 @@ class Access:
     def __init__(self, settings: Settings, tokens: Tokens | None) -> None:
         self._tokens = tokens
         self._address = settings.host
-        self._is_public = not _is_loopback(settings.host)
+        self._is_public = not is_loopback(settings.host)
         self._names = {*_OWN_NAMES, settings.host.lower(), *(name.lower() for name in settings.allowed_hosts)}
         self._proxies: list[IPv4Network | IPv6Network] = [ip_network(network) for network in settings.trusted_proxies]
 

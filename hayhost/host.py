@@ -34,6 +34,7 @@ from .processes import Nursery
 from .rates import Rates
 from .settings import Settings
 from .slot import Slot
+from .systemd import Service
 from .version import Version
 
 if TYPE_CHECKING:
@@ -86,10 +87,12 @@ class Host:
         settings: Settings,
         installs: Installs,
         store: "Store | None" = None,
+        service: Service | None = None,
     ) -> None:
         """Without a ``store`` what is changed is kept for as long as the host runs, and nobody needs a token."""
         self.settings = settings
         self.store = store
+        self.service = service or Service()
         self.installs = installs
         self._closing = contextlib.AsyncExitStack()
         self.nursery = Nursery(self._nursery_lost)
@@ -125,6 +128,7 @@ class Host:
     async def __aenter__(self) -> "Host":
         _raise_descriptor_limit()
         _leave_no_core()
+        self.service.watch()
         await self.nursery.start()
         try:
             await self.isolation.start(self.nursery)
@@ -151,7 +155,9 @@ class Host:
     def listen(self, layout: Layout, *, access_log: bool = False) -> int:
         """Serve HTTP from now on; the port. Raises ``PortTakenError``."""
         try:
-            sockets = bind_sockets(self.settings.port, self.settings.host, family=socket.AF_UNSPEC, backlog=1024)
+            sockets = list(self.service.sockets) or bind_sockets(
+                self.settings.port, self.settings.host, family=socket.AF_UNSPEC, backlog=1024
+            )
         except OSError as error:
             raise PortTakenError(
                 f"cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror or error}"
@@ -271,6 +277,7 @@ class Host:
             else:
                 get_logger().info(f"{name} received: stopping")
                 self._stopping.set()
+                self.service.stopping()
                 stopping()
 
         self._handles_signals = True
@@ -326,6 +333,7 @@ class Host:
             plugin.close()
         await self.nursery.stop()
         await self.isolation.stop()
+        self.service.close()
         if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 

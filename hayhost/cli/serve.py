@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from hayhost.catalog import find_plugins
+from hayhost.access import is_loopback
+from hayhost.catalog import PluginState, find_plugins
 from hayhost.declared import Declared, apply, read_declared
 from hayhost.errors import HostError, SettingsError
 from hayhost.host import Host, url_of
@@ -16,6 +18,7 @@ from hayhost.layout import Site
 from hayhost.logs import configure, get_logger
 from hayhost.reload import Reloader
 from hayhost.settings import Settings
+from hayhost.systemd import Service
 
 if TYPE_CHECKING:
     from hayhost.store import Store
@@ -29,6 +32,10 @@ def serve(plugins_dir: Path, settings: Settings, *, instrument: bool, dry_run: b
     With ``dry_run`` only say what ``settings.orgs`` would change in the store.
     """
     configure(settings.log_format, settings.log_level)
+    service = Service.from_environment()
+    if service.sockets:  # where they listen decides who may come, and one that all can reach counts
+        address = min((sock.getsockname() for sock in service.sockets), key=lambda name: is_loopback(name[0]))
+        settings = dataclasses.replace(settings, host=address[0], port=address[1])
     declared = None
     if settings.orgs is not None:
         if settings.mode == "test":
@@ -36,11 +43,11 @@ def serve(plugins_dir: Path, settings: Settings, *, instrument: bool, dry_run: b
         declared = read_declared(settings.orgs)
     elif dry_run:
         raise SettingsError("--dry-run is for --orgs FILE: it says what that would change")
-    asyncio.run(_open_and_serve(plugins_dir, settings, declared, instrument, dry_run))
+    asyncio.run(_open_and_serve(plugins_dir, settings, service, declared, instrument, dry_run))
 
 
 async def _open_and_serve(
-    plugins_dir: Path, settings: Settings, declared: Declared | None, dev: bool, dry_run: bool
+    plugins_dir: Path, settings: Settings, service: Service, declared: Declared | None, dev: bool, dry_run: bool
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         store: Store | None = None
@@ -51,7 +58,8 @@ async def _open_and_serve(
         installs: Installs = TestInstalls()
         if store is not None:
             installs = EveryOrg(store.installs) if settings.mode == "test" else store.installs
-        await _serve(plugins_dir, settings, Host(settings, installs, store), declared, dev, dry_run)
+        host = Host(settings, installs, store, service)
+        await _serve(plugins_dir, settings, host, declared, dev, dry_run)
 
 
 async def _serve(
@@ -78,6 +86,7 @@ async def _serve(
         port = host.listen(site, access_log=dev)
         url = url_of(settings.host, port)
         log.info("listening", url=url, mode=settings.mode)
+        host.service.loading(len(manifests))
         if await host.unless_stopped(_prepare(host, declared)):
             if settings.reload:
                 reloader = Reloader(
@@ -123,6 +132,8 @@ async def _compare(host: Host, declared: Declared) -> None:
 def _is_ready(host: Host, site: Site, url: str, dev: bool) -> None:
     site.ready = True
     get_logger().info("ready", plugins=len(host.plugins))
+    served = sum(plugin.state is PluginState.READY for plugin in host.plugins.values())
+    host.service.ready(f"Serving {served} of {len(host.plugins)} plugins at {url}")
     if dev:
         for name in host.plugins:
             get_logger().info(f"try {url}/plugins/{name}/my-org/metadata")
