@@ -58,6 +58,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._coming = 0  # workers that are not in ``workers`` yet, because their zygote is waited for
         self._closing = False
+        self._last_hook = "on_stop"
         self._refilling: asyncio.TimerHandle | None = None
         self._being_refilled: set[str] = set()
         self._measuring: asyncio.Task[None] | None = None
@@ -251,10 +252,17 @@ class Pool:
     def _scratches(self, zygote: Zygote) -> Scratches:
         return zygote.keeper or self.isolation.folders.of(zygote.spec.plan)
 
-    async def retire(self, worker: Worker, hook: str = "on_stop") -> None:
-        """Stop a worker that is out of service already."""
+    async def retire(self, worker: Worker, hook: str = "") -> None:
+        """Stop a worker that is out of service already; without ``hook``, with the one that is due now."""
         if not worker.exit.done():
-            await worker.stop(hook, self.settings.drain_timeout, self.settings.hook_timeout)
+            await worker.stop(hook or self._last_hook, self.settings.drain_timeout, self.settings.hook_timeout)
+
+    def give_up(self, worker: Worker) -> None:
+        """End a worker that nobody waits for any more: with its hook, if it has begun to start for an org."""
+        if worker.has_begun:
+            self.spawn(self.retire(worker))
+        else:
+            worker.kill()
 
     # ---- upkeep
 
@@ -396,7 +404,7 @@ class Pool:
 
     async def close(self, hook: str = "on_stop") -> None:
         """Stop all workers: requests in flight finish within the drain limit, then ``hook`` runs in each."""
-        self._closing = True
+        self._closing, self._last_hook = True, hook
         self._ticker.cancel()
         if self._refilling is not None:
             self._refilling.cancel()
@@ -406,9 +414,9 @@ class Pool:
         for worker, serves in list(self.workers.items()):
             if serves is not None:
                 serves.release()
-                stops.append(self.retire(worker, hook))
+                stops.append(self.retire(worker))
             elif worker.lifecycle.state is not WorkerState.DRAINING:
-                worker.kill()
+                self.give_up(worker)
         await asyncio.gather(*stops)
         pending = [task for task in self._tasks if task is not asyncio.current_task()]
         if pending:

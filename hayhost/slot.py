@@ -194,7 +194,7 @@ class Slot:
                 raise StartFailedError(f"the worker died as soon as it was ready: {worker.exit.result()}")
         except asyncio.CancelledError:
             if worker is not None:
-                worker.kill()
+                pool.give_up(worker)
             raise
         except Exception as problem:  # whatever it was, who waits is told
             if worker is not None:

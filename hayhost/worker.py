@@ -116,6 +116,7 @@ class Worker:
         self._ending = False
         self._stopping = False
         self._identified = False
+        self._serves = False
         self._quiet = asyncio.Event()
         self.released: Callable[[], None] = lambda: None
         """Called whenever a stream has ended."""
@@ -149,6 +150,11 @@ class Worker:
     def pid(self) -> int:
         """Its process id, as the kernel vouches for it and the host sees it; 0 before that."""
         return self._process.pid if self._process else 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its ``on_start`` has been asked for, so that it is owed a hook at its end."""
+        return self._serves
 
     @property
     def idle(self) -> bool:
@@ -210,7 +216,7 @@ class Worker:
             self._channel.send(identity)
         except wire.ProtocolError as error:
             raise StartFailedError(f"the org's settings are too large: {error}") from None
-        self._identified = True
+        self._identified, self._serves = True, serve
         self.started_at = time.time()
         if self._broker is not None:
             network = self.version.manifest.permissions.network
@@ -240,7 +246,8 @@ class Worker:
         failed = bool(message.error) and self.installation is not None and message.error != self.installation.problem
         if len(phases) == 2:  # the hook runs right after the identity is taken
             self._hook_ran("on_start", phases[0][1], phases[1][1], failed)
-        self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
+        if not self._stopping:  # what it sent before it heard of that
+            self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
         self._ready.set_result(message.error)
 
     def _exited(self) -> None:

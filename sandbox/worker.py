@@ -5,6 +5,7 @@ Org, config and credentials arrive in the ``Start`` frame, never through the env
 
 import asyncio
 import gc
+import inspect
 import os
 import select
 import signal
@@ -47,6 +48,8 @@ __all__ = ["run"]
 # How long a stopping worker waits for a front that does not read its last frames.
 _LAST_WRITE: Final = 2.0
 _MCP_STOP: Final = 5.0
+# How long an on_start that is cancelled, as the worker is to stop, may take to end before the hook that follows it.
+_GIVE_UP_START: Final = 1.0
 _DUMP_ATTEMPTS: Final = 5
 # What Python from 3.12 on counts on for its own recursion; what a program is started with may be less.
 _STACK: Final = 8 << 20
@@ -134,6 +137,9 @@ class _Worker:
         self._capture = capture
         self._link = link
         self._loop = loop
+        self._starting: asyncio.Task[Any] | None = None
+        """``on_start``, once it runs."""
+        self._stopping = False
         self._call = Caller(loop)
         self._logger = Logger(capture.log)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -205,6 +211,8 @@ class _Worker:
         error = start.degraded
         if start.serve:
             error = await self._run_hook("on_start", context, self._mcp.settle) or error
+            if self._stopping:
+                return
             stamps.append(("on_start", time.monotonic_ns()))
         self._receive[wire.Request] = dispatcher.request
         self._receive[wire.Body] = dispatcher.body
@@ -231,6 +239,8 @@ class _Worker:
         if function is None:
             return None, ""
         task = self._loop.create_task(self._guarded(function, context, then))
+        if name == "on_start":
+            self._starting = task
         await asyncio.wait({task}, timeout=self._hook_timeout)
         if not task.done():
             task.cancel()  # and not waited for: it may refuse
@@ -238,7 +248,7 @@ class _Worker:
             value = None
         else:
             value, error = task.result()
-        if error is None:
+        if error is None or (task is self._starting and self._stopping):
             return value, ""
         self._failed(f"{name} failed", error)
         return None, f"{name} failed: {describe(error)}"[: 4 << 10]
@@ -314,7 +324,17 @@ class _Worker:
             self._link.send(wire.State(pickled[start : start + wire.CHUNK], False))
         self._link.send(wire.State(b"", True))
 
+    async def _end_start(self) -> None:
+        """Let ``on_start`` end before the hook that follows it: at once if it is async, else as soon as it does."""
+        if self._starting is None or self._starting.done():
+            return
+        if inspect.iscoroutinefunction(self._plugin.hooks["on_start"]):
+            self._starting.cancel()
+        await asyncio.wait({self._starting}, timeout=_GIVE_UP_START)
+
     async def _stop(self, message: wire.Stop) -> None:
+        self._stopping = True
+        await self._end_start()
         if message.hook and hasattr(self, "_org"):
             started = time.monotonic_ns()
             error = await self._run_hook(message.hook, HayDisableContext(self._org, self._logger))
