@@ -11,6 +11,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from sandbox import pickling  # noqa: F401  # before dill
+
+# isort: split
 import dill
 
 from sandbox import wire

@@ -6,6 +6,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 
+from . import pickling  # noqa: F401  # before multiprocess, which imports dill as it finds it
+
+# isort: split
 from multiprocess import process as multiprocess_process
 from multiprocess.context import ForkProcess
 

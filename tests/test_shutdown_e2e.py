@@ -1,11 +1,6 @@
-"""Signals, taken ports and left-over stores at every phase of a host's life: exit codes, hooks, and nothing that stays."""
+"""Signals, taken ports and left-over stores in every phase of a host: exit codes, hooks, and nothing that stays."""
 
-import os
 import signal
-import socket
-import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -13,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LIMIT, HostProcess, all_gone, routes, wait_until, write_plugin
-from .hosting import PREAMBLE
-from .managing import Manager, write_recorder
+from .conftest import LIMIT, HostProcess, all_gone, wait_until, write_plugin
 
 Start = Callable[..., HostProcess]
 
