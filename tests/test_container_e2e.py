@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,35 +85,32 @@ def settings() -> dict[str, str]:
 def as_user() -> None:
     if os.geteuid() != 0 or not (shutil.which("unshare") and shutil.which("setpriv")):
         pytest.skip("only root, with unshare and setpriv, can make a read-only root for another user")
-    command = [
-        "unshare",
-        "--mount",
-        "setpriv",
-        f"--reuid={UID}",
-        "--clear-groups",
-        sys.executable,
-        "-c",
-        "import tornado",
-    ]
+    again = "import subprocess, sys, tornado; subprocess.run([sys.executable, '-c', ''], check=True)"
+    user = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+    command = ["unshare", "--mount", *user, sys.executable, "-c", again]
     if subprocess.run(command, capture_output=True, timeout=LIMIT, check=False).returncode:
         pytest.skip(f"an ordinary user cannot run {sys.executable} (or nobody may make mount namespaces here)")
 
 
 @pytest.fixture
-def contained(as_user: None, tmp_path: Path) -> Callable[..., list[str]]:
+def place(as_user: None) -> Iterator[Path]:
+    """A folder that other users can pass through, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        for name in ("data", "temporary", "plugins"):
+            (place / name).mkdir()
+        yield place
+
+
+def contained(place: Path) -> list[str]:
     """What to put before a command to have it run as in the container."""
-    for parent in [tmp_path, *tmp_path.parents]:
-        if parent.stat().st_uid == os.geteuid() and str(parent).startswith("/tmp/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-    data, temporary = tmp_path / "data", tmp_path / "temporary"
-    data.mkdir()
-    temporary.mkdir()
-    return lambda: ["unshare", "--mount", "sh", "-c", ENTER, "-", str(data), str(temporary)]
+    return ["unshare", "--mount", "sh", "-c", ENTER, "-", str(place / "data"), str(place / "temporary")]
 
 
-def test_it_runs_on_a_read_only_root(contained: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_it_runs_on_a_read_only_root(place: Path) -> None:
     write_plugin(
-        tmp_path / "plugins" / "p",
+        place / "plugins" / "p",
         """
         from hayhost.sdk import *
         import os, tempfile
@@ -129,9 +127,9 @@ def test_it_runs_on_a_read_only_root(contained: Callable[..., list[str]], tmp_pa
                     return {"uid": os.getuid(), "written": file.write(b"scratch")}
         """,
     )
-    env = {**settings(), "TMPDIR": str(tmp_path / "temporary"), "HAYHOST_HOST": "127.0.0.1", "HAYHOST_PORT": "0"}
+    env = {**settings(), "TMPDIR": str(place / "temporary"), "HAYHOST_HOST": "127.0.0.1", "HAYHOST_PORT": "0"}
     host = HostProcess(
-        ["serve", str(tmp_path / "plugins"), "--mode", "test", "--store", "hayhost.db"], env, contained()
+        ["serve", str(place / "plugins"), "--mode", "test", "--store", "hayhost.db"], env, contained(place)
     )
     try:
         host.wait_ready()
@@ -144,12 +142,9 @@ def test_it_runs_on_a_read_only_root(contained: Callable[..., list[str]], tmp_pa
         host.kill()
 
 
-def test_without_a_token_it_listens_on_nothing_that_is_public(
-    contained: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    (tmp_path / "plugins").mkdir()
-    command = [*contained(), sys.executable, "-P", "-m", "hayhost", "serve", str(tmp_path / "plugins")]
-    env = environment({**settings(), "TMPDIR": str(tmp_path / "temporary"), "HAYHOST_PORT": "0"})
+def test_without_a_token_it_listens_on_nothing_that_is_public(place: Path) -> None:
+    command = [*contained(place), sys.executable, "-P", "-m", "hayhost", "serve", str(place / "plugins")]
+    env = environment({**settings(), "TMPDIR": str(place / "temporary"), "HAYHOST_PORT": "0"})
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 1
     assert "0.0.0.0 is not a loopback address, and without a token" in done.stderr
