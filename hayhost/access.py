@@ -10,7 +10,7 @@ from .answers import Principal
 from .errors import HostError, RequestError
 from .settings import Settings
 
-__all__ = ["Access", "Tokens", "is_loopback"]
+__all__ = ["LOCAL", "Access", "Tokens", "is_loopback"]
 
 LOCAL: Final = Principal("local")
 """Whoever reaches a host that has no tokens, which is on this machine."""

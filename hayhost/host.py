@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tornado.httpserver import HTTPServer
@@ -97,6 +98,8 @@ class Host:
         self._closing = contextlib.AsyncExitStack()
         self.nursery = Nursery(self._nursery_lost)
         self.plugins: dict[str, Plugin] = {}
+        self.unserved: dict[Path, list[str]] = {}
+        """Folders that look like plugins and are not served, with every reason."""
         self.isolation = Isolation(settings)
         self.isolation.egress.lost = self._cut_off
         self.pool = Pool(settings, installs, self.isolation)
@@ -201,7 +204,16 @@ class Host:
 
     def site(self) -> Site:
         """The layout of a host that serves many plugins for many orgs."""
-        api = Api(self.management, self.plugins, self.events, self.access, self.log, self.store, self._authorizations)
+        api = Api(
+            self.management,
+            self.plugins,
+            self.events,
+            self.access,
+            self.log,
+            self.store,
+            self._authorizations,
+            self.unserved,
+        )
         metrics = Metrics(lambda: self._sources)
         return Site(self.plugins, self.installs, api, metrics.answer, self.store.ping if self.store else None)
 

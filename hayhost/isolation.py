@@ -111,6 +111,11 @@ class Isolation:
         """The level that the layers in force amount to."""
         return level_of(self.layers)
 
+    @property
+    def missing(self) -> dict[str, str]:
+        """By layer that was asked for and is not in force, why this machine does not give it."""
+        return {layer: problem for layer, problem in sorted(self.problems.items()) if layer in self._wanted}
+
     async def start(self, nursery: Nursery) -> None:
         """Find out what there is, and decide. Raises ``SettingsError`` below the level that is required."""
         probed = await nursery.probe()
@@ -145,7 +150,7 @@ class Isolation:
     def log(self) -> None:
         """Say what is in force, and what is not and why."""
         record = get_logger().info if self.level >= Level.CONFINED else get_logger().warning
-        missing = {f"no_{layer}": problem for layer, problem in sorted(self.problems.items()) if layer in self._wanted}
+        missing = {f"no_{layer}": problem for layer, problem in self.missing.items()}
         record("isolation", isolation=self.level.label, layers=",".join(sorted(self.layers)), **missing)
 
     def plan(self, manifest: Manifest) -> Plan:

@@ -9,6 +9,7 @@ import msgspec
 from .answers import Answer, Call, Handler
 from .api import Api
 from .catalog import Plugin
+from .dashboard import FILES, StaticFile
 from .errors import RequestError, StoreError
 from .installs import Installation, Installs
 from .names import ORG_ID, PLUGIN_NAME
@@ -82,6 +83,7 @@ class Site:
             "/readyz": _get(self._readyz, "/readyz"),
             "/metrics": Own(_with_head({"GET": metrics}), "/metrics"),
         }
+        self._own |= {path: _page(file, path) for path, file in FILES.items()}
 
     def find(self, path: str) -> Place:
         found = _WORKER_URL.fullmatch(path)
@@ -146,3 +148,12 @@ def _with_head(methods: Mapping[str, Handler]) -> Mapping[str, Handler]:
 
 def _get(handler: Handler, route: str) -> Own:
     return Own(_with_head({"GET": handler}), route, managing=False)
+
+
+def _page(file: StaticFile, path: str) -> Own:
+    """A file of the dashboard: there is nothing secret in it, but it is the host's own and so are its addresses."""
+
+    async def handle(call: Call) -> Answer:
+        return file.answer(call.headers.get("If-None-Match", ""))
+
+    return Own(_with_head({"GET": handle}), path, open=True, navigation=path == "/")

@@ -160,6 +160,7 @@ class Management:
         """Swap in a new worker, if there is one; whether it started."""
         async with self._slot(plugin, org) as slot:
             slot.forgive()
+            self.pool.told(slot)
             return await slot.replace_locked("a restart was asked for")
 
     def changed_elsewhere(self, plugin: str | None, org: str | None) -> None:

@@ -224,6 +224,11 @@ class Pool:
         if self._room and worker.idle:
             self._wake_one()
 
+    @property
+    def waiting_for_room(self) -> int:
+        """Starts that wait until a worker leaves."""
+        return sum(not room.done() for room in self._room)
+
     def _wake_one(self) -> None:
         while self._room:
             room = self._room.popleft()

@@ -43,9 +43,11 @@ class Reloader:
         plugins: dict[str, Plugin],
         add: Callable[[Manifest], Plugin],
         *,
+        unserved: dict[Path, list[str]],
         quiet: float,
         poll: bool,
     ) -> None:
+        """``unserved`` is kept to be the folders that are not served, with every reason; what it has is reported."""
         self._directory = directory
         self._pool = pool
         self._plugins = plugins
@@ -54,13 +56,12 @@ class Reloader:
         self._tasks: dict[str, _PluginTask] = {}
         self._wake = asyncio.Event()
         self._touched: set[str] = set()
-        self._bad: dict[Path, list[str]] = {}
+        self._unserved = unserved
         self._watching = asyncio.Event()
         self._running: list[asyncio.Task[None]] = []
 
-    def start(self, bad: list[BadPlugin]) -> None:
-        """Begin to watch. ``bad`` is what has been reported as wrong already."""
-        self._bad = {entry.folder: entry.problems for entry in bad}
+    def start(self) -> None:
+        """Begin to watch."""
         self._running = [
             asyncio.create_task(self._keep_watching()),
             asyncio.create_task(self._follow()),
@@ -174,10 +175,11 @@ class Reloader:
     def _report(self, bad: list[BadPlugin]) -> None:
         now = {entry.folder: entry.problems for entry in bad}
         for folder, problems in now.items():
-            if self._bad.get(folder) != problems:
+            if self._unserved.get(folder) != problems:
                 for problem in problems:
                     get_logger().error("a plugin is not served", folder=folder.name, reason=problem)
-        self._bad = now
+        self._unserved.clear()
+        self._unserved.update(now)
 
     def _begin(self, plugin: Plugin, manifest: Manifest) -> None:
         task = self._tasks.get(plugin.name)

@@ -1,6 +1,7 @@
 """One org's plugin: its worker if there is one, the requests that wait for it, and how its starts went."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
@@ -51,6 +52,8 @@ class Slot:
         self.backoff = Backoff()
         self.breaker = Breaker()
         self.last_error = ""
+        self.down_since = 0.0
+        """Seconds since the epoch at which it went down the last time."""
         self.restarts = 0
         self.requests = 0
         self.errors = 0
@@ -75,6 +78,11 @@ class Slot:
         if self._starting is not None and not self._starting.done():
             return WorkerState.STARTING
         return WorkerState.ERROR if self.breaker.reason or self._down else WorkerState.STOPPED
+
+    @property
+    def is_down(self) -> bool:
+        """Whether there is no worker because the last one died, or did not start."""
+        return self.worker is None and bool(self.breaker.reason or self._down)
 
     @property
     def is_idle(self) -> bool:
@@ -133,6 +141,7 @@ class Slot:
         self.breaker.succeeded()
         self.backoff = Backoff()
         self.last_error = ""
+        self._down = False
         if self._backing_off and self._starting is not None:
             self._starting.cancel()
             self._starting = self._pool.spawn(self._start())
@@ -202,6 +211,7 @@ class Slot:
             error = problem if isinstance(problem, UnavailableError) else StartFailedError(str(problem))
             if serve:
                 counts, was_open = self.plugin.counts, self.breaker.is_open
+                self._went_down()
                 self.breaker.failed(pool.loop.time(), error.message)
                 counts.failed_starts += 1
                 counts.breakers_opened += self.breaker.is_open and not was_open
@@ -271,6 +281,7 @@ class Slot:
         """``worker`` ended without being told to."""
         if worker is not self.worker:
             return
+        self._went_down()
         self.worker, self._down = None, True
         self.last_error = told = f"the worker died while it served: {reason}"
         self.backoff.crashed(self._pool.loop.time())
@@ -279,6 +290,10 @@ class Slot:
         self._pool.loop.call_later(ZYGOTE_REPORTS, self._explain, worker, told, reason)
         self.ensure_starting()
         self._pool.told(self)
+
+    def _went_down(self) -> None:
+        if not self.breaker.reason and not self._down:
+            self.down_since = time.time()
 
     def _explain(self, worker: Worker, told: str, reason: str) -> None:
         """Log a crash once its zygote has had the time to say how it ended."""

@@ -32,6 +32,10 @@ class Backoff:
         """Crashes that are remembered."""
         return len(self._crashes)
 
+    def recent(self, now: float) -> int:
+        """Crashes in the window that ends ``now``."""
+        return sum(now - crash <= WINDOW for crash in self._crashes)
+
     def remaining(self, now: float) -> float:
         """Seconds from ``now`` until the next start may be made."""
         while self._crashes and now - self._crashes[0] > WINDOW:

@@ -1,6 +1,8 @@
 """The management API, ``/api/v1``: what a host's operator, and an org's admin, may ask and order."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -17,6 +19,7 @@ from .decoding import read_body, read_query
 from .logs import Logs
 from .openapi import document
 from .operations import Operation, Request, pattern_of
+from .overview import Overview
 from .running import Running
 
 if TYPE_CHECKING:
@@ -76,8 +79,11 @@ class Api:
         log: Log,
         store: "Store | None" = None,
         authorizations: "Authorizations | None" = None,
+        unserved: Mapping[Path, list[str]] = MappingProxyType({}),
     ) -> None:
+        """``unserved`` are folders that are no plugins of the host's, with every reason."""
         operations = [*Running(management.pool, plugins, events, access).operations(), *Logs(log, access).operations()]
+        operations += Overview(management.pool, plugins, unserved, store).operations()
         if store is not None:
             from .oauth import OAuthFlows
             from .orgs import Orgs

@@ -99,6 +99,8 @@ class Running:
                 if (value := getattr(manifest.permissions, name)) is not None
             },
             env=list(manifest.env) if admin else [],
+            from_env=_from_env(plugin.current),
+            warnings=plugin.current.warnings if plugin.current and admin else [],
             state=plugin.state.value,
             error=plugin.error or None,
             traceback=plugin.traceback or None if admin else None,
@@ -138,6 +140,12 @@ class Running:
     async def _listen(self, request: Request) -> Answer:
         check = partial(self._access.principal, request.call.headers)
         return Answer(200, self._events.listen(request.call.principal, check), {"Content-Type": "text/event-stream"})
+
+
+def _from_env(version: Version | None) -> list[str]:
+    if version is None:
+        return []
+    return [name for name, field in version.metadata.config_schema.items() if field.env in version.env]
 
 
 def _version(version: Version | None) -> VersionView | None:

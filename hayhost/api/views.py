@@ -9,13 +9,17 @@ from msgspec import UNSET, Meta, UnsetType, field
 from hayhost.installs import Auth, AuthValidity
 from hayhost.metrics.histogram import Latency
 from hayhost.names import ORG_ID, PLUGIN_NAME
+from hayhost.problems import Severity
 
 __all__ = [
     "AuditPage",
     "AuditQuery",
+    "DoctorQuery",
+    "DoctorView",
     "ErrorView",
     "FieldError",
     "Given",
+    "HostView",
     "InstallationPage",
     "InstallationView",
     "InvalidView",
@@ -34,6 +38,8 @@ __all__ = [
     "Patched",
     "PluginList",
     "PluginView",
+    "ProblemList",
+    "ProblemView",
     "Restarted",
     "ToValidate",
     "TokenMade",
@@ -221,7 +227,8 @@ class LoadView(_View, frozen=True):
 class PluginView(_View, frozen=True):
     """A plugin that the host serves, or fails to: `error` and `traceback` say why the content on disk is not served.
 
-    `metadata` is what its workers answer at `/metadata`, without what is running.
+    `metadata` is what its workers answer at `/metadata`, without what is running. `fromEnv` names the config fields
+    that have a value from the host's environment where an org gives none.
     """
 
     name: PluginName
@@ -230,6 +237,8 @@ class PluginView(_View, frozen=True):
     capabilities: list[str]
     permissions: dict[str, Any]
     env: list[str]
+    from_env: list[str]
+    warnings: list[str]
     state: str
     error: str | None
     traceback: str | None
@@ -244,6 +253,93 @@ class PluginList(_View, frozen=True):
     """All plugins, by name."""
 
     items: list[PluginView]
+
+
+class HostView(_View, frozen=True):
+    """What the host is and does, and who asks: counts are of what concerns them.
+
+    `actor` is how they are named in the audit log; `org` the only org that they may manage. Without a `store` every org
+    is known, and nothing is kept. `open`: nobody needs a token, as there is none.
+    """
+
+    version: str
+    mode: str
+    store: bool
+    open: bool
+    actor: str
+    org: OrgId | None
+    isolation: str
+    started: float
+    max_workers: int
+    plugins: dict[str, int]
+    workers: dict[str, int]
+    requests: int
+    in_flight: int
+    waiting: int
+    restarts: int
+
+
+class ProblemView(_View, frozen=True):
+    """One thing that is wrong now: why, since when (seconds since 1970) and what to do about it.
+
+    It concerns `count` of the plugin's orgs, some of which are `orgs`; the plugin or the host as a whole if that is 0.
+    """
+
+    kind: str
+    severity: Severity
+    title: str
+    why: str
+    remedy: str
+    since: float | None
+    plugin: PluginName | None
+    orgs: list[OrgId]
+    count: int
+
+
+class ProblemList(_View, frozen=True):
+    """What is wrong, the worst first."""
+
+    items: list[ProblemView]
+
+
+class DoctorQuery(_View, frozen=True):
+    """How many seconds old the report may be."""
+
+    max_age: Annotated[int, Meta(ge=10, le=86_400)] = 3_600
+
+
+class LayerView(_View, frozen=True):
+    """A layer of isolation, and what to do if the machine does not give it."""
+
+    layer: str
+    about: str
+    in_force: bool
+    problem: str | None
+    remedy: str | None
+
+
+class CanaryView(_View, frozen=True):
+    """Something that a worker must not do, and what refused it; `null`: it succeeded."""
+
+    attempt: str
+    refused: str | None
+
+
+class DoctorView(_View, frozen=True):
+    """What isolation the machine gives, tried for real. `level` is what it amounts to, `required` what must be had."""
+
+    kernel: str
+    machine: str
+    python: str
+    user: str
+    landlock_abi: int
+    required: str
+    level: str
+    ok: bool
+    layers: list[LayerView]
+    canaries: list[CanaryView]
+    error: str | None
+    examined_at: float
 
 
 class WorkerQuery(_View, frozen=True):

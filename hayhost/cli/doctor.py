@@ -12,6 +12,7 @@ import msgspec
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 import hayhost
+from hayhost.doctor import ABOUT, REMEDIES
 from hayhost.errors import HostError
 from hayhost.host import Host
 from hayhost.installs import TestInstalls
@@ -24,25 +25,6 @@ from .output import paint
 
 __all__ = ["doctor"]
 
-_ABOUT: Final = {
-    "limits": "limits on one process's memory, files and processor time",
-    "landlock": "which files and ports are within reach",
-    "seccomp": "which system calls are",
-    "namespaces": "a private root, process tree and network",
-    "cgroups": "limits on all processes of a worker together",
-    "uid": "a user for each plugin",
-    "inspection": "the host looks at each worker before it trusts it",
-}
-_REMEDIES: Final = {
-    "landlock": "use Linux 5.13 or newer with landlock among its security modules (cat /sys/kernel/security/lsm)",
-    "seccomp": "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER",
-    "namespaces": (
-        "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, "
-        "kernel.apparmor_restrict_unprivileged_userns=0), run as root, or give a container CAP_SYS_ADMIN"
-    ),
-    "cgroups": "run as root, or as a systemd service with Delegate=memory pids cpu",
-    "uid": "run as root: the plugins then do not; keep Python and the plugins where other users can read them",
-}
 _CANARY: Final = Path(hayhost.__file__).parent / "canary"
 
 
@@ -93,10 +75,10 @@ def _layer(layer: str, host: Host) -> dict[str, Any]:
     in_force = layer in host.isolation.layers
     return {
         "layer": layer,
-        "about": _ABOUT[layer],
+        "about": ABOUT[layer],
         "inForce": in_force,
         "problem": problem or (None if in_force else "not asked for"),
-        "remedy": _REMEDIES.get(layer) if problem else None,
+        "remedy": REMEDIES.get(layer) if problem else None,
     }
 
 

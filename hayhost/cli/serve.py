@@ -69,6 +69,7 @@ async def _serve(
     log = get_logger()
     manifests, bad = find_plugins(plugins_dir)
     for entry in bad:
+        host.unserved[entry.folder] = entry.problems
         for problem in entry.problems:
             log.error("a plugin is not served", folder=entry.folder.name, reason=problem)
     if not manifests:
@@ -94,11 +95,12 @@ async def _serve(
                     host.pool,
                     host.plugins,
                     lambda manifest: host.add(manifest, instrument=dev),
+                    unserved=host.unserved,
                     quiet=settings.debounce,
                     poll=settings.poll,
                 )
                 host.before_stop = reloader.stop
-                reloader.start(bad)
+                reloader.start()
                 await host.unless_stopped(reloader.watching())
             _is_ready(host, site, url, dev)
         await host.stopped()

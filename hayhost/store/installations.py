@@ -138,6 +138,17 @@ class Installations:
         return await self._list(_T.plugin == check_plugin(plugin), _T.org, after, limit, "org")
 
     @whole
+    async def troubled(self, org: str | None = None, limit: int = 100) -> list[Installed]:
+        """Enabled installations (of ``org``) whose credentials are invalid, or could not be refreshed, the latest
+        first and without secrets."""
+        query = QUERY.where(_T.enabled, sa.or_(_T.auth_validity == "invalid", _T.auth_error != ""))
+        if org is not None:
+            query = query.where(_T.org == check_org(org))
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query.order_by(_T.updated.desc()).limit(limit))).all()
+        return [self.record(row, opened=False) for row in rows]
+
+    @whole
     async def _list(
         self, which: sa.ColumnElement[bool], key: sa.Column[Any], after: str, limit: int, name: str
     ) -> Page[Installed]:
