@@ -50,7 +50,7 @@ function view() {
         h("span", {class: "wide"}, `${host.version}, ${host.mode}`),
         h("span", {class: "wide"}, host.open ? "No token needed on this machine" : host.org ? `Signed in for ${host.org}` : "Signed in as admin"),
         h("div", {class: "row"},
-          h("button", {type: "button", class: "quiet", onclick: nextTheme, "aria-label": `Colours: ${theme}. Change`}, {auto: "Auto", light: "Light", dark: "Dark"}[theme]),
+          h("button", {type: "button", class: "quiet", onclick: nextTheme, title: "Automatic, light or dark"}, `Colours: ${theme}`),
           hasToken() && h("button", {type: "button", class: "quiet", onclick: leave}, "Sign out")))),
     h("main", {id: "main", tabindex: -1},
       away && h("p", {class: "bar", role: "alert"}, "The host cannot be reached. What is shown is from before; it is connected again as soon as it is back."),

@@ -1,6 +1,7 @@
 // Forms made from a description: a plugin's config schema, or the JSON Schema of a tool's arguments. What is typed is
 // kept as text, and becomes a value only when it is sent.
 
+import {h} from "./dom.js";
 import {area, choice, field, input} from "./parts.js";
 
 export const MASK = "********";
@@ -30,9 +31,8 @@ export function parsed(type, text) {
 // A field of a config schema. `state` is {text, stored, remove}: stored says that there is a secret.
 export function configField(name, schema, {state, wrong, fromEnv, required}, change) {
   const hints = [schema.description];
-  if (schema.env)
-    hints.push(fromEnv ? `Empty: the host's environment variable ${schema.env} is used, which is set.` : `Empty: the environment variable ${schema.env} would be used, but the host has none.`);
-  if (schema.default !== undefined && !schema.sensitive) hints.push(`Empty: ${shown(schema.type, schema.default)}`);
+  if (schema.env) hints.push(fromEnv ? `If left empty, the host's environment gives it (${schema.env}, which is set).` : `If left empty, the host's environment may give it (${schema.env}, which is not set).`);
+  if (schema.default !== undefined && !schema.sensitive && !fromEnv) hints.push(`If left empty, it is ${shown(schema.type, schema.default)}.`);
   if (state.stored) hints.push(state.remove ? "It will be removed." : "One is stored. It is never shown; what is typed here replaces it.");
   const more = {placeholder: state.stored && !state.remove ? "•••••••• stored" : schema.placeholder || ""};
   let control;
@@ -40,7 +40,7 @@ export function configField(name, schema, {state, wrong, fromEnv, required}, cha
   else if (schema.type === "boolean") control = choice(state.text, [["", schema.default === undefined ? "Not set" : `Default (${schema.default ? "yes" : "no"})`], ["true", "Yes"], ["false", "No"]], change);
   else if (schema.type === "json") control = area(state.text, change, {placeholder: schema.placeholder || "{}"});
   else control = input(state.text, change, {...more, inputmode: schema.type === "number" ? "decimal" : null});
-  return field(`config-${name}`, schema.label || name, {hint: hints.filter(Boolean).join(" ") || null, wrong, required}, control);
+  return field(`config-${name}`, schema.label || name, {hint: hints.filter(Boolean).map((one) => h("span", {}, one)), wrong, required}, control);
 }
 
 const plain = (schema) => schema && typeof schema === "object" && !Array.isArray(schema);

@@ -39,11 +39,10 @@ export function overview() {
     const all = Object.values(plugins).reduce((sum, count) => sum + count, 0);
     const totals = h("div", {class: "tiles"},
       tile("Plugins", number(all), plugins.error ? `${plugins.error} do not load` : plugins.loading ? `${plugins.loading} are loading` : "all loaded", "#/plugins"),
-      tile("Workers", number(serving), `of ${number(host.max_workers ?? host.maxWorkers)} at most`, "#/workers"),
+      tile("Workers", number(serving), `of ${number(host.maxWorkers)} at most`, "#/workers"),
       tile("Degraded or down", number((workers.degraded || 0) + (workers.error || 0)), `${number(workers.error || 0)} down`, "#/workers?q=error"),
       tile("Requests", number(host.requests), `${number(host.inFlight)} under way, ${number(host.waiting)} wait`),
-      tile("Restarts", number(host.restarts), "after a crash"),
-      tile("Isolation", host.isolation, "of every worker", host.org ? null : "#/doctor"));
+      tile("Restarts", number(host.restarts), "after a crash"));
     return page("Overview", {},
       card(problems.length ? "What is wrong now" : "Nothing is wrong", {flush: true, id: "wrong", actions: problems.length > 0 && h("span", {class: "count"}, number(problems.length))},
         problems.length
@@ -52,7 +51,7 @@ export function overview() {
       totals,
       notices.length > 0 && card("Good to know", {flush: true, id: "notices"}, h("ul", {class: "problems"}, notices.map(one))),
       card("This host", {id: "this-host"}, facts([
-        ["Version", host.version], ["Mode", host.mode], ["Up for", span(Date.now() / 1000 - host.started)],
+        ["Version", host.version], ["Mode", host.mode], ["Isolation", host.org ? host.isolation : h("a", {href: "#/doctor"}, host.isolation)], ["Up for", span(Date.now() / 1000 - host.started)],
         ["Store", host.store ? "yes" : "none: every org is known, and nothing is kept"],
         ["You are", host.open ? "on this machine; there is no token yet, so nobody needs one" : host.actor],
       ])));

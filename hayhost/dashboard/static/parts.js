@@ -158,6 +158,7 @@ export function confirm(title, text, action, kind = "main") {
 
 // A control with its label, hint and what is wrong with it. `control(props)` makes it.
 export function field(id, label, {hint, wrong, required}, control) {
+  if (hint?.length === 0) hint = null;
   const about = [hint && `${id}-hint`, wrong && `${id}-wrong`].filter(Boolean).join(" ");
   return h("div", {class: "field", key: id},
     h("label", {for: id}, label, required && h("span", {class: "muted"}, " (required)")),

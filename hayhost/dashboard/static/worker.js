@@ -39,7 +39,7 @@ export function worker(plugin, org) {
       ["Health", badge(health.status, {healthy: "good", degraded: "warn", unhealthy: "bad"}[health.status])],
       one?.since && ["Since", ago(one.since)], health.uptime > 0 && ["Up for", span(health.uptime)],
       ["Version", health.version], ["Process", health.pid ?? "none"],
-      ["Memory", h("span", {}, size(one?.pss ?? health.memory.pss), h("span", {class: "muted"}, ` of its own, ${size(one?.rss ?? health.memory.rss)} resident`))],
+      health.pid !== null && ["Memory", h("span", {}, size(one?.pss ?? health.memory.pss), h("span", {class: "muted"}, ` of its own, ${size(one?.rss ?? health.memory.rss)} resident`))],
       ["Isolation", `${health.isolation}, ${health.sharing === "strict" ? "loaded for itself" : "forked"}`],
       one && ["Requests", `${number(one.requests)}, ${number(one.inFlight)} under way, ${number(one.waiting)} wait`],
       one?.errors !== undefined && ["Failed", number(one.errors)],
@@ -94,26 +94,15 @@ function logOf(plugin, org) {
     if (follow) requestAnimationFrame(() => requestAnimationFrame(() => node && (node.scrollTop = node.scrollHeight)));
   }
 
-  const filter = () => ({plugin, org, level});
-
-  // What comes while the past is asked for is not lost: the stream is begun first.
+  // First the latest that there are, then what comes; after a break, what is known already is left out.
   function begin() {
     stop();
     items = [];
     known = new Set();
-    const mine = (stop = listen("/logs/stream" + query(filter()), (kind, data) => kind === "log" && mine === stop && add([data]), (state) => {
-      if (state === "missing") available = false;
-      if (state === "open") get("/logs" + query({...filter(), limit: 300})).then((found) => mine === stop && past(found.items), () => {});
+    const mine = (stop = listen("/logs/stream" + query({plugin, org, level, limit: 300}), (kind, data) => kind === "log" && mine === stop && add([data]), (state) => {
+      available = state !== "missing";
       redraw();
     }));
-  }
-
-  function past(records) {
-    const live = items;
-    items = [];
-    known = new Set();
-    add([...records, ...live]);
-    items.sort((a, b) => (Number(a.time) || Date.parse(a.time) || 0) - (Number(b.time) || Date.parse(b.time) || 0));
   }
 
   const clock = (at) => {

@@ -63,7 +63,7 @@ export function workers(given = new URLSearchParams()) {
     const text = filter.toLowerCase();
     shown = [...rows.values()].filter((one) =>
       (!text || key(one).toLowerCase().includes(text)) &&
-      (!state || (state === "trouble" ? ["error", "degraded"].includes(one.state) || one.last_error || one.lastError : one.state === state)));
+      (!state || (state === "trouble" ? ["error", "degraded"].includes(one.state) || one.lastError : one.state === state)));
     const names = new Map(shown.map((one) => [one, value(one)]));
     shown.sort((a, b) => {
       const [x, y] = [names.get(a), names.get(b)];

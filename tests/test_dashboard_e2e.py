@@ -1,0 +1,236 @@
+"""The dashboard as people use it: a real Chromium, a real host, a real authorization server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .authorization_server import CLIENT_ID, SECRET, Provider
+from .browsing import Visit, browser, visiting
+from .conftest import HostProcess, wait_until, write_plugin
+from .hosting import PREAMBLE, hosting
+from .managing import Manager
+
+SHOP = (
+    PREAMBLE
+    + """
+GATE = "{gate}"
+
+class Tools:
+    def list_tools(self):
+        number = {{"type": "integer", "minimum": 0, "description": "What to add"}}
+        schema = {{"type": "object", "properties": {{"a": number, "b": number}}, "required": ["a"]}}
+        return [{{"name": "add", "description": "Adds two numbers", "inputSchema": schema}}]
+
+    def call_tool(self, name, arguments):
+        return {{"content": [{{"type": "text", "text": "sum " + str(arguments["a"] + arguments.get("b", 0))}}]}}
+
+@route("GET", "/hello/{{name}}")
+async def hello(req):
+    print("somebody said hello")
+    return {{"message": "{greeting} " + req.params["name"]}}
+
+@route("POST", "/crash")
+async def crash(req):
+    os._exit(9)
+
+@define_hay_plugin
+class Shop:
+    name = "Shop"
+
+    def on_initialize(self, ctx):
+        ctx.register.config({{
+            "clientId": {{"type": "string", "label": "Client id", "required": True}},
+            "clientSecret": {{"type": "string", "label": "Client secret", "required": True, "sensitive": True}},
+            "limit": {{"type": "number", "label": "Orders at most", "required": True, "placeholder": "100"}},
+            "region": {{"type": "string", "label": "Region", "env": "SHOP_REGION", "description": "Where it sells"}},
+            "currency": {{"type": "string", "label": "Currency", "default": "EUR"}},
+            "loud": {{"type": "boolean", "label": "Tell everybody"}},
+            "options": {{"type": "json", "label": "Options", "description": "Passed on as they are"}},
+        }})
+        ctx.register.auth.oauth2(
+            id="oauth", label="Shop account", scopes=["orders.read"],
+            authorization_url="{authorize}", token_url="{token}",
+            client_id=ctx.config.field("clientId"), client_secret=ctx.config.field("clientSecret"),
+        )
+        ctx.register.page(id="orders", title="Orders", component="components/Orders.vue", slot="after-settings")
+        register(ctx)
+
+    def on_validate_auth(self, ctx):
+        return ctx.auth.get().credentials["accessToken"].startswith("access-")
+
+    async def on_start(self, ctx):
+        if os.path.exists(GATE):
+            os._exit(3)
+        ctx.logger.info("the shop is open", {{"org": ctx.org.id}})
+        await ctx.mcp.start_local("sums", lambda mcp: Tools())
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[Provider]:
+    provider = Provider(tmp_path)
+    yield provider
+    provider.close()
+
+
+def write_shop(folder: Path, provider: Provider, greeting: str = "Hello") -> Path:
+    source = SHOP.format(
+        gate=folder / "gate", greeting=greeting, authorize=provider.url("/authorize"), token=provider.url("/token")
+    )
+    return write_plugin(folder / "plugins" / "shop", source, env=("SHOP_REGION",))
+
+
+@pytest.fixture
+def host(tmp_path: Path, provider: Provider) -> Iterator[HostProcess]:
+    write_shop(tmp_path, provider)
+    options = ["--store", tmp_path / "store.db", "--egress-allow=127.0.0.1/32", "--spares=0"]
+    options += [f"--egress-nameserver={provider.nameserver}"]
+    environment = {"SSL_CERT_FILE": str(provider.ca), "SHOP_REGION": "north"}
+    with hosting(tmp_path / "plugins", *options, env=environment, writable=True) as host:
+        (tmp_path).chmod(0o777)
+        provider.redirect = f"http://127.0.0.1:{host.port}/api/v1/oauth/callback"
+        yield host
+
+
+def test_from_an_empty_host_to_a_plugin_that_is_healed_reloaded_and_rolled_back(
+    chromium: Any, host: HostProcess, provider: Provider, tmp_path: Path
+) -> None:
+    with visiting(chromium, host, tmp_path / "pictures") as visit:
+        visit.see("Nothing is wrong")
+        install(visit)
+        connect(visit, provider)
+        use(visit)
+        crash_and_heal(visit, tmp_path / "gate")
+        reload_and_roll_back(visit, provider, tmp_path)
+        visit.click("Audit log", "link")
+        visit.see("install.put")
+        visit.look("audit")
+
+
+def install(visit: Visit) -> None:
+    """An org by the form, and the plugin for it: what is wrong is said at its field, and nothing typed is lost."""
+    visit.click("Organisations", "link")
+    visit.see("No organisations yet")
+    visit.look("orgs-empty")
+    visit.fill("Id", "not an id")
+    visit.expected |= {"422", "502", "503"}
+    visit.click("Create")
+    visit.page.locator("#org-id[aria-invalid=true]").wait_for()
+    visit.fill("Id", "acme")
+    visit.fill("Name", "Acme Ltd")
+    visit.click("Create")
+    visit.wait_for_title("Acme Ltd")
+    visit.click("Install shop", "link")
+    visit.see("which is set")  # the region is the environment's
+    visit.fill("Client id", CLIENT_ID)
+    visit.fill("Orders at most", "many")
+    visit.fill("Options", "{")
+    visit.click("Install")
+    visit.see("is not valid JSON")
+    wait_until(lambda: visit.page.evaluate("document.activeElement.id") == "config-options", "the focus is there")
+    visit.fill("Options", '{"deep": [1, 2]}')
+    visit.click("Install")
+    visit.see("must be a finite number, not a string")
+    visit.see("is required")
+    assert visit.page.get_by_label("Client id").input_value() == CLIENT_ID
+    visit.look("settings-wrong")
+    visit.fill("Orders at most", "12.5")
+    visit.fill("Client secret", SECRET)
+    visit.click("Install")
+    visit.see("shop is installed for acme", "#toasts")
+    visit.page.get_by_role("button", name="Save").wait_for()
+    installed = Manager(visit.host).get("/orgs/acme/plugins/shop")
+    assert installed["config"] == {
+        "clientId": CLIENT_ID,
+        "clientSecret": "********",
+        "limit": 12.5,
+        "options": {"deep": [1, 2]},
+    }
+    assert SECRET not in visit.page.content()
+
+
+def connect(visit: Visit, provider: Provider) -> None:
+    """The account, in a window of its own."""
+    visit.fill("Currency", "not saved yet")
+    with visit.page.expect_popup() as opened:
+        visit.click("Connect")
+    visit.see("The plugin accepts the credentials")
+    assert opened.value.is_closed() or opened.value.url.startswith((visit.origin, "about:"))
+    assert visit.page.get_by_label("Currency").input_value() == "not saved yet"
+    shown = Manager(visit.host).get("/orgs/acme/plugins/shop")
+    assert (shown["authValidity"], shown["auth"]["methodId"]) == ("valid", "oauth")
+    assert len(provider.issued) == 1
+    visit.fill("Currency", "")
+    visit.look("settings")
+
+
+def use(visit: Visit) -> None:
+    """A route and a tool, tried."""
+    visit.click("Worker", "link", exact=True)
+    visit.wait_for_title("shop of acme")
+    visit.page.get_by_label("name", exact=False).first.fill("Ada & <b>Co</b>/x")
+    visit.click("Send")
+    visit.see('"message": "Hello Ada & <b>Co</b>/x"')
+    visit.see("ready")
+    visit.click("List its tools")
+    visit.click("Call add")
+    visit.click("Call", exact=True)
+    visit.see("is required")
+    visit.page.locator("#arg-0").fill("2")
+    visit.page.locator("#arg-1").fill("40")
+    visit.click("Call", exact=True)
+    visit.see("sum 42")
+    visit.look("worker")
+
+
+def crash_and_heal(visit: Visit, gate: Path) -> None:
+    """A worker that dies, and does not come up again until what is wrong is put right."""
+    gate.touch()
+    visit.page.get_by_label("Route", exact=True).select_option(label="POST /crash")
+    visit.click("Send")
+    visit.see("502")
+    visit.see("error")
+    visit.click("Overview", "link")
+    visit.see("The worker is down")
+    visit.see("What to do")
+    visit.look("overview-problem")
+    gate.unlink()
+    visit.click("Open the worker", "link")
+    visit.wait_for_title("shop of acme")
+    visit.click("Restart")
+    visit.page.get_by_label("name", exact=False).first.fill("again")
+    visit.click("Send")
+    visit.see("Hello again")
+    visit.click("Overview", "link")
+    visit.see("Nothing is wrong")
+
+
+def reload_and_roll_back(visit: Visit, provider: Provider, folder: Path) -> None:
+    """What is saved serves; what does not load is shown with the author's traceback; and back."""
+    visit.go("/plugins/shop", "shop")
+    write_shop(folder, provider, "Good day,")
+    visit.see("reload")
+    roll = visit.page.get_by_role("button", name="Roll back")
+    wait_until(roll.is_enabled, "something to roll back to")
+    wait_until(lambda: b"Good day" in visit.host.get("/plugins/shop/acme/hello/x").body, "the new version serves")
+    write_plugin(folder / "plugins" / "shop", "import nothing_of_this_name", env=("SHOP_REGION",))
+    visit.see("What is on the disk does not load")
+    visit.see("nothing_of_this_name")
+    visit.look("plugin-error")
+    roll.click()
+    visit.page.keyboard.press("Escape")
+    visit.page.locator("dialog").wait_for(state="detached")
+    roll.click()
+    visit.page.locator("dialog").get_by_role("button", name="Roll back").click()
+    visit.see("rollback")
+    wait_until(lambda: b"Hello" in visit.host.get("/plugins/shop/acme/hello/x").body, "the version before serves")
+    visit.look("plugin")
