@@ -21,9 +21,11 @@ from .bpf import Data, InvalidProgramError, decode, explore, run
 
 _Build = Callable[..., bytes]
 _FILTERS: Final[tuple[_Build, ...]] = (zygote_filter, worker_filter)
-_RULES: Final = [Rules(*flags) for flags in itertools.product((False, True), repeat=5)]
 _ALL: Final = Rules(subprocess=True, private_root=True, scoped_signals=True)
-_RULES += [dataclasses.replace(rules, connect=True) for rules in (Rules(), _ALL)]
+_RULES: Final = [
+    *(Rules(*flags) for flags in itertools.product((False, True), repeat=5)),
+    *(dataclasses.replace(rules, connect=True) for rules in (Rules(), _ALL)),
+]
 _ALLOW: Final = "allow"
 _GARBAGE: Final = 0xDEADBEEF << 32
 _POINTER: Final = 0x7FFF_0000_1000
