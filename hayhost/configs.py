@@ -9,13 +9,21 @@ from msgspec import UNSET
 
 from .errors import InvalidError
 from .installs import Auth, Installation
+from .logs import MASK, secrets_in
 from .metadata import ApiKey, ConfigField, Metadata
 from .version import Version
 
-__all__ = ["MASK", "MAX_CONFIG", "Masked", "check_auth", "check_config", "masked", "sensitive_fields", "without_nulls"]
-
-MASK: Final = "********"
-"""Stands for a secret in every answer; where a secret has this value in what comes back, the stored one is kept."""
+__all__ = [
+    "MASK",
+    "MAX_CONFIG",
+    "Masked",
+    "check_auth",
+    "check_config",
+    "masked",
+    "secrets_of",
+    "sensitive_fields",
+    "without_nulls",
+]
 
 MAX_CONFIG: Final = 256 << 10
 """Bytes of config, and of credentials: they go to the worker in one frame, perhaps twice."""
@@ -35,6 +43,16 @@ def sensitive_fields(metadata: Metadata) -> frozenset[str]:
     return frozenset(name for name, field in metadata.config_schema.items() if field.sensitive is True)
 
 
+def secrets_of(version: Version, config: Mapping[str, Any], auth: Auth | None) -> list[str]:
+    """What a worker of ``version`` knows with these settings and must not tell: sensitive fields, which may be given
+    by the environment, and everything in the credentials."""
+    sensitive = sensitive_fields(version.metadata)
+    secrets = [text for name in sensitive for text in secrets_in(config.get(name))]
+    schema = version.metadata.config_schema
+    secrets += [text for name in sensitive if (text := version.env.get(str(schema[name].env))) is not None]
+    return [*secrets, *secrets_in(auth.credentials if auth is not None else None)]
+
+
 def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` without what counts as unset."""
     return {name: value for name, value in config.items() if value is not None}
@@ -49,7 +67,7 @@ def masked(installation: Installation, sensitive: Collection[str]) -> Masked:
 
 
 def unmask(given: Mapping[str, Any], stored: Mapping[str, Any], secret: Iterable[str]) -> dict[str, Any]:
-    """``given`` with the stored value wherever a secret is only the mask of one."""
+    """``given`` with the stored value wherever a secret is only the mask of one, as answers have it."""
     whole = dict(given)
     for name in secret:
         if whole.get(name) == MASK and name in stored:

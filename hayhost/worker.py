@@ -14,6 +14,7 @@ import msgspec
 from sandbox import wire
 
 from .channel import Channel
+from .configs import secrets_of
 from .errors import RequestError, StartFailedError, WorkerLostError
 from .inspection import pid_inside
 from .installs import Installation
@@ -146,6 +147,10 @@ class Worker:
 
     # ---- its life
 
+    def masked(self, text: str) -> str:
+        """What it says without its org's secrets, for everybody else."""
+        return self._log.masked(text)
+
     @property
     def pid(self) -> int:
         """Its process id, as the kernel vouches for it and the host sees it; 0 before that."""
@@ -199,6 +204,7 @@ class Worker:
         """
         encode = msgspec.json.encode
         self._log.bind(org=installation.org_id)
+        self._log.hide(secrets_of(self.version, installation.config, installation.auth))
         self.installation = installation
         secret = secrets.token_urlsafe(_SECRET) if self._doorway else ""
         identity = wire.Start(
@@ -246,9 +252,10 @@ class Worker:
         failed = bool(message.error) and self.installation is not None and message.error != self.installation.problem
         if len(phases) == 2:  # the hook runs right after the identity is taken
             self._hook_ran("on_start", phases[0][1], phases[1][1], failed)
+        error = self.masked(message.error)
         if not self._stopping:  # what it sent before it heard of that
-            self.lifecycle.to(WorkerState.DEGRADED if message.error else WorkerState.READY, message.error)
-        self._ready.set_result(message.error)
+            self.lifecycle.to(WorkerState.DEGRADED if error else WorkerState.READY, error)
+        self._ready.set_result(error)
 
     def _exited(self) -> None:
         self._channel.drain()  # answers that were sent before the end are answers
@@ -485,6 +492,7 @@ class Worker:
         """
         if self._ending:
             raise WorkerLostError("the worker died before the hook")
+        self._log.hide(secrets_of(self.version, config, auth))
         self._ids += 1
         id = self._ids
         try:
@@ -511,9 +519,12 @@ class Worker:
         if message.id == 0:  # the hook of a Stop
             self._hook_ran(self.lifecycle.why, message.started, message.ended, bool(message.error))
         elif (future := self._hooks.get(message.id)) is not None and not future.done():
+            message.error = self.masked(message.error)
             future.set_result(message)
 
     def _on_mcp_servers(self, message: wire.McpServers) -> None:
+        for server in message.servers:
+            server.url, server.error = self.masked(server.url), self.masked(server.error)
         self.mcp_servers = message.servers
         self.mcp_changed()
 
@@ -560,5 +571,5 @@ class Worker:
         wire.McpServers: _on_mcp_servers,
         wire.McpNotice: lambda worker, message: worker.mcp_noticed(message),
         wire.State: _on_state,
-        wire.Failed: lambda worker, message: worker._end(message.error),
+        wire.Failed: lambda worker, message: worker._end(worker.masked(message.error)),
     }

@@ -15,6 +15,7 @@ import structlog
 
 from .lines import as_json, console, escape
 from .log import Listener, Log
+from .masking import MASK, secrets_in
 from .plugin import PluginLog
 from .records import LEVELS, Record, Wanted, item
 from .rings import Rings
@@ -22,6 +23,7 @@ from .writing import to_stream
 
 __all__ = [
     "LEVELS",
+    "MASK",
     "Listener",
     "Log",
     "PluginLog",
@@ -32,6 +34,7 @@ __all__ = [
     "escape",
     "get_logger",
     "item",
+    "secrets_in",
 ]
 
 _MEMORY: Final = 64 << 20

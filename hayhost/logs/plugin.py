@@ -1,7 +1,7 @@
 """What plugin processes say: somebody else's text, so it is bounded and rated here."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -9,6 +9,7 @@ import structlog
 
 from hayhost.metrics.counts import LogCounts
 
+from .masking import Masker
 from .records import LEVELS
 
 __all__ = ["PluginLog"]
@@ -24,6 +25,7 @@ class PluginLog:
 
     def __init__(self, **context: Any) -> None:
         self._log = structlog.get_logger().bind(**context)
+        self._masker = Masker()
         self._tokens = float(_BURST)
         self._refilled = time.monotonic()
         self._dropped = 0
@@ -33,6 +35,14 @@ class PluginLog:
     def bind(self, **context: Any) -> None:
         """Add to what every line says of where it is from."""
         self._log = self._log.bind(**context)
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Have these never be in anything that the process says."""
+        self._masker.add(secrets)
+
+    def masked(self, text: str) -> str:
+        """``text`` of the process without what is hidden."""
+        return self._masker.text(text)
 
     def record(self, level: str, message: str, meta: bytes = b"", request: str = "", dropped: int = 0) -> None:
         """Log one record; ``meta`` is untrusted JSON. Over the rate it is counted and left out."""
@@ -49,23 +59,22 @@ class PluginLog:
         self._tokens -= 1
         extra: dict[str, Any] = {"source": "plugin"}
         if request:
-            extra["request"] = request[:64]
+            extra["request"] = self.masked(request[:64])
         if self._dropped:
             extra["dropped"], self._dropped = self._dropped, 0
-        if fields := _meta(meta):
+        if fields := self._meta(meta):
             if isinstance(traceback := fields.get("traceback"), str):
                 extra["traceback"] = traceback
                 del fields["traceback"]
             if fields:
                 extra["meta"] = fields
-        self._log.log(LEVELS[level], message[:_MAX_LINE], **extra)
+        self._log.log(LEVELS[level], self.masked(message)[:_MAX_LINE], **extra)
 
-
-def _meta(encoded: bytes) -> dict[str, Any]:
-    if not encoded:
-        return {}
-    try:
-        meta = msgspec.json.decode(encoded)
-    except (msgspec.DecodeError, RecursionError):
-        return {"meta": "malformed"}
-    return dict(meta) if isinstance(meta, Mapping) else {"meta": "malformed"}
+    def _meta(self, encoded: bytes) -> dict[str, Any]:
+        if not encoded:
+            return {}
+        try:
+            meta = msgspec.json.decode(encoded)
+            return self._masker.fields(meta) if isinstance(meta, Mapping) else {"meta": "malformed"}
+        except (msgspec.DecodeError, RecursionError, ValueError):
+            return {"meta": "malformed"}

@@ -261,10 +261,14 @@ class Listings:
         except ServerError as error:
             if error.code == -32601:  # it says that it lists such things, and does not
                 return EMPTY
-            get_logger().warning(f"{method} failed; its entries are left out", **where, reason=str(error)[:500])
+            get_logger().warning(
+                f"{method} failed; its entries are left out", **where, reason=worker.masked(str(error))[:500]
+            )
             return None
         except (RequestError, ValueError, TypeError, RecursionError) as error:
-            get_logger().warning(f"{method} failed; its entries are left out", **where, reason=str(error)[:500])
+            get_logger().warning(
+                f"{method} failed; its entries are left out", **where, reason=worker.masked(str(error))[:500]
+            )
             return None
         finally:
             call.close()
