@@ -100,6 +100,15 @@ class Settings:
     metrics_orgs: bool = _setting(False, "Metrics by org, too: some series for each org that has a worker.")
     log_format: LogFormat = _setting("auto", "How log lines look; auto is console on a terminal, else json.")
     log_level: LogLevel = _setting("info", "The least level that is logged.")
+    log_file: Path | None = _setting(
+        None, "File that the log is written to as well, as lines of JSON.", kind="new file"
+    )
+    log_file_size: int = _setting(10 << 20, "Size at which another log file is begun.", least=1 << 10, size=True)
+    log_files: int = _setting(5, "Log files that are kept, the one that is written included.", least=1, most=1000)
+    log_memory: int = _setting(
+        64 << 20, "Size of the last log lines that are kept in memory, of all workers.", least=1 << 20, size=True
+    )
+    log_records: int = _setting(1000, "Log lines of each worker that are kept in memory, at most.", least=1)
 
 
 _HINTS = get_type_hints(Settings)

@@ -22,6 +22,7 @@ __all__ = ["main"]
 _NOT_FOR_ONE = (
     *("host", "port", "mode", "max_workers", "spares", "idle_timeout", "reload", "poll", "debounce"),
     *("store", "key_file", "orgs", "allowed_hosts", "route_tokens", "org_rate", "plugin_rate"),
+    *("log_memory", "log_records"),
 )
 
 

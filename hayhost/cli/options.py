@@ -40,7 +40,7 @@ def settings(*without: str) -> Callable[[F], F]:
             if get_origin(hint) is Literal:
                 kind = click.Choice(get_args(hint))
             elif hint == Path | None:
-                kind = FILE
+                kind = NEW_FILE if field.metadata["kind"] == "new file" else FILE
             shown_default = _shown(field.default, field.metadata["size"])
             default = "" if field.default in (None, ()) else f"  [default: {shown_default}]"
             option = f"--{name.replace('_', '-')}"

@@ -11,7 +11,7 @@ from hayhost.errors import HostError, PluginLoadError, SettingsError
 from hayhost.host import Host, url_of
 from hayhost.installs import Auth, Installation, SingleInstall
 from hayhost.layout import OneOrg
-from hayhost.logs import configure, escape, get_logger
+from hayhost.logs import configure_log, escape, get_logger
 from hayhost.manifest import read_manifest
 from hayhost.names import ORG_ID
 from hayhost.settings import Settings
@@ -65,7 +65,7 @@ def installation_from_environment(org_id: str) -> Installation:
 
 def run(plugin_path: str, org_id: str, settings: Settings) -> int:
     """Serve until a signal; the exit code. Raises ``HostError`` for bad arguments, manifests and plugins."""
-    configure(settings.log_format, settings.log_level)
+    configure_log(settings)
     if not plugin_path:  # which is no other way to say "here"
         raise SettingsError("--plugin-path: '' is not a folder")
     if not ORG_ID.fullmatch(org_id):

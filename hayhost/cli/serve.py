@@ -15,7 +15,7 @@ from hayhost.errors import HostError, SettingsError
 from hayhost.host import Host, url_of
 from hayhost.installs import EveryOrg, Installs, TestInstalls
 from hayhost.layout import Site
-from hayhost.logs import configure, get_logger
+from hayhost.logs import configure_log, get_logger
 from hayhost.reload import Reloader
 from hayhost.settings import Settings
 from hayhost.systemd import Service
@@ -31,7 +31,7 @@ def serve(plugins_dir: Path, settings: Settings, *, instrument: bool, dry_run: b
 
     With ``dry_run`` only say what ``settings.orgs`` would change in the store.
     """
-    configure(settings.log_format, settings.log_level)
+    configure_log(settings)
     service = Service.from_environment()
     if service.sockets:  # where they listen decides who may come, and one that all can reach counts
         address = min((sock.getsockname() for sock in service.sockets), key=lambda name: is_loopback(name[0]))

@@ -9,17 +9,21 @@ import logging
 import sys
 import traceback
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, Final, TextIO
 
 import structlog
 
+from hayhost.settings import Settings
+
+from .file import LogFile
 from .lines import as_json, console, escape
 from .log import Listener, Log
 from .masking import MASK, secrets_in
 from .plugin import PluginLog
 from .records import LEVELS, Record, Wanted, item
 from .rings import Rings
-from .writing import to_stream
+from .writing import Writer, to_stream
 
 __all__ = [
     "LEVELS",
@@ -30,6 +34,7 @@ __all__ = [
     "Record",
     "Wanted",
     "configure",
+    "configure_log",
     "current",
     "escape",
     "get_logger",
@@ -39,6 +44,8 @@ __all__ = [
 
 _MEMORY: Final = 64 << 20
 _RECORDS: Final = 1_000
+_FILE_SIZE: Final = 10 << 20
+_FILES: Final = 5
 
 get_logger = structlog.get_logger
 _current: Log | None = None
@@ -50,11 +57,20 @@ def current() -> Log:
 
 
 def configure(
-    format: str, level: str, stream: TextIO | None = None, *, memory: int = _MEMORY, records: int = _RECORDS
+    format: str,
+    level: str,
+    stream: TextIO | None = None,
+    *,
+    memory: int = _MEMORY,
+    records: int = _RECORDS,
+    file: Path | None = None,
+    file_size: int = _FILE_SIZE,
+    files: int = _FILES,
 ) -> Log:
     """Send all log lines, Tornado's own included, to ``stream`` (stderr) in ``format`` from ``level`` on.
 
-    The last ones are kept in ``memory`` bytes, ``records`` of each worker at most.
+    They go to ``file``, too, of which there are ``files`` at most, of ``file_size`` bytes each. The last ones are kept in
+    ``memory`` bytes, ``records`` of each worker at most.
     """
     stream = stream or sys.stderr
     terminal = stream.isatty()
@@ -68,8 +84,21 @@ def configure(
     def write(fields: Mapping[str, Any]) -> None:
         write_line((render(fields) + "\n").encode(errors="backslashreplace"))
 
+    writers = [writer] if writer is not None else []
+    to_file: Writer | None = None
+    if file is not None:
+        path = file.absolute()
+
+        def failed(reason: str) -> None:
+            get_logger().error("the log file cannot be written; the log goes on without it", file=path, reason=reason)
+
+        def recovered(lost: int) -> None:
+            get_logger().warning("the log file is written again", file=path, lost=lost)
+
+        to_file = Writer(LogFile(path, file_size, files, failed, recovered).write, missing, "log file")
+        writers.append(to_file)
     global _current
-    log = _current = Log(Rings(memory, records), write, [writer] if writer is not None else [])
+    log = _current = Log(Rings(memory, records), write, writers, to_file, file)
     atexit.register(log.flush)
     structlog.configure(
         processors=[structlog.processors.add_log_level, _add_traceback, _as_it_is],
@@ -82,6 +111,19 @@ def configure(
     root.setLevel(LEVELS[level])
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # its info lines are malformed requests, per request
     return log
+
+
+def configure_log(settings: Settings) -> Log:
+    """As ``configure``, by the settings of a host."""
+    return configure(
+        settings.log_format,
+        settings.log_level,
+        memory=settings.log_memory,
+        records=settings.log_records,
+        file=settings.log_file,
+        file_size=settings.log_file_size,
+        files=settings.log_files,
+    )
 
 
 class _Bridge(logging.Handler):

@@ -8,8 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
+from .file import find
 from .lines import as_json, shown_time
 from .records import LEVELS, Record, Wanted
 from .rings import Rings
@@ -75,9 +77,17 @@ class Log:
     """Takes records: each is written, kept in its ring, and given to those who listen."""
 
     def __init__(
-        self, rings: Rings, write: Callable[[Mapping[str, Any]], None], writers: Iterable[Writer] = ()
+        self,
+        rings: Rings,
+        write: Callable[[Mapping[str, Any]], None],
+        writers: Iterable[Writer] = (),
+        to_file: Writer | None = None,
+        file: Path | None = None,
     ) -> None:
+        """``write`` is for the stream, and ``to_file`` for ``file``; ``writers`` are all that are to be flushed."""
         self._rings = rings
+        self._to_file = to_file
+        self._file = file
         self._write = write
         self._writers = list(writers)
         self._lock = threading.Lock()
@@ -91,6 +101,8 @@ class Log:
             fields = {"id": id, "time": shown_time(id), "level": event["level"], "event": event["event"], **event}
             self._write(fields)
             record = _record(fields)
+            if self._to_file is not None:
+                self._to_file.put(record.line + b"\n")
             self._rings.add(record)
             for listener in self._listeners:
                 listener.give(record)
@@ -101,9 +113,30 @@ class Log:
         """At most ``limit`` of the records that are ``wanted``, oldest first: the last ones, or those that follow the
         id ``after``; and whether there are others after these."""
         with self._lock:
-            rings, _ = self._rings.find(wanted)
+            rings, forgotten = self._rings.find(wanted)
         # Long texts are searched: not on the loop's time.
-        return await asyncio.get_running_loop().run_in_executor(None, _choose, rings, wanted, limit, after)
+        return await asyncio.get_running_loop().run_in_executor(
+            None, self._choose, rings, forgotten, wanted, limit, after
+        )
+
+    def _choose(
+        self, rings: list[list[Record]], forgotten: int, wanted: Wanted, limit: int, after: int | None
+    ) -> tuple[list[Record], bool]:
+        if after is None:
+            newest = heapq.merge(*map(reversed, rings), key=_id, reverse=True)
+            chosen = list(islice(filter(wanted.admits, newest), limit))[::-1]
+            is_all = len(chosen) == limit and chosen[0].id > forgotten
+        else:
+            oldest = (record for record in heapq.merge(*rings, key=_id) if record.id > after)
+            chosen = list(islice(filter(wanted.admits, oldest), limit + 1))
+            is_all = after >= forgotten
+        if self._file is not None and not is_all and wanted.since <= forgotten:
+            with contextlib.suppress(OSError):  # which was said when it could not be written
+                older = find(self._file, wanted, limit + 1, after)
+                chosen = sorted({record.id: record for record in (*older, *chosen)}.values(), key=_id)
+        if after is None:
+            return chosen[-limit:], False
+        return chosen[:limit], len(chosen) > limit
 
     @contextlib.contextmanager
     def listening(self, wanted: Wanted) -> Iterator[Listener]:
@@ -144,14 +177,5 @@ def _record(fields: Mapping[str, Any]) -> Record:
     )
 
 
-def _choose(rings: list[list[Record]], wanted: Wanted, limit: int, after: int | None) -> tuple[list[Record], bool]:
-    def by_id(record: Record) -> int:
-        return record.id
-
-    if after is None:
-        newest = heapq.merge(*map(reversed, rings), key=by_id, reverse=True)
-        chosen = list(islice(filter(wanted.admits, newest), limit))
-        return chosen[::-1], False
-    oldest = (record for record in heapq.merge(*rings, key=by_id) if record.id > after and wanted.admits(record))
-    chosen = list(islice(oldest, limit + 1))
-    return chosen[:limit], len(chosen) > limit
+def _id(record: Record) -> int:
+    return record.id

@@ -7,7 +7,7 @@ import msgspec
 
 from .lines import as_json
 
-__all__ = ["LEVELS", "Record", "Wanted", "fields_of", "item"]
+__all__ = ["LEVELS", "Record", "Wanted", "item"]
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -65,20 +65,9 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
         return any(text in part.lower() for part in told)
 
 
-def fields_of(line: bytes) -> dict[str, Any]:
-    """What is in a line of JSON. Raises ``ValueError`` if it is none of the log's."""
-    try:
-        fields = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("id"), int) or fields.get("level") not in LEVELS:
-        raise ValueError("not a record")
-    return fields
-
-
 def item(record: Record) -> dict[str, Any]:
     """A record as it is shown: what else the host says with a line of its own is ``meta``, as with a plugin's."""
-    fields = fields_of(record.line)
+    fields = msgspec.json.decode(record.line)
     shown = {key: fields.pop(key) for key in ("id", "time", "level", "event")}
     if record.plugin:
         shown["plugin"] = record.plugin

@@ -1,5 +1,6 @@
 """The last lines of each worker, and the host's own, in memory: bounded, and each worker's apart from the others'."""
 
+import time
 from collections import OrderedDict, deque
 from typing import Final
 
@@ -51,7 +52,7 @@ class Rings:
         self._limit = size
         self._most = most
         self._rings: OrderedDict[Key, _Ring] = OrderedDict()
-        self._forgotten = 0  # the last record of all the rings that went
+        self._forgotten = time.time_ns() // 1_000  # the last record of all the rings that went, and of hosts before
 
     def add(self, record: Record) -> None:
         """Keep ``record``."""
