@@ -14,7 +14,7 @@ from hayhost.errors import HostError
 from hayhost.settings import FIELDS
 
 from .managing import COMMANDS
-from .options import FILE, FOLDER, NEW_FILE, complete_plugins
+from .options import FILE, FOLDER, NEW_FILE, complete_orgs, complete_plugins
 from .options import settings as _settings
 
 __all__ = ["main"]
@@ -218,10 +218,59 @@ def new(name: str, directory: Path) -> None:
     make(name, directory)
 
 
+_url = click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the host listens.")
+_token_file = click.option("--token-file", type=FILE, help="File with the bearer token, if the host needs one.")
+
+
+@cli.command()
+@click.argument("plugin", required=False, shell_complete=complete_plugins)
+@click.argument("org", required=False, shell_complete=complete_orgs)
+@click.option("--follow", "-f", is_flag=True, help="Go on with lines as they come.")
+@click.option(
+    "--level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="debug",
+    help="The least level.  [default: all that is logged]",
+)
+@click.option("--since", metavar="AGE|TIME", help="Not older than 5m, 2h or 2027-01-31T12:00:00Z.")
+@click.option("--grep", "text", metavar="TEXT", help="Only lines with this in their message, traceback or meta.")
+@click.option("--request", metavar="ID", help="Only lines of this request.")
+@click.option(
+    "-n", "--lines", "count", type=click.IntRange(0, 1000), default=100, show_default=True, help="Lines at most."
+)
+@click.option("--file", type=FILE, help="Read this file (of the setting log_file) instead of asking a host.")
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object per line.")
+@_url
+@_token_file
+def logs(
+    url: str,
+    token_file: Path | None,
+    file: Path | None,
+    follow: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Show the log of a running host: its last lines, of PLUGIN and of ORG if they are given.
+
+    While it follows, it waits for a host that is gone, and goes on where it was. A host with tokens needs one, in the
+    file of --token-file or in the environment as HAYHOST_TOKEN; an org's shows what is of that org.
+
+    \b
+      hayhost logs --follow                             everything
+      hayhost logs stripe acme --level warning          what is odd about one org's plugin
+      hayhost logs --since 10m --grep timeout --json
+      hayhost logs --file hayhost.log -n 1000           without a host
+    """
+    from .logs import Asked
+    from .logs import logs as show
+
+    show(Asked(**asked), url, token_file, file, follow=follow, as_json=as_json)
+
+
 @cli.command()
 @click.argument("plugin", shell_complete=complete_plugins)
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the host listens.")
-@click.option("--token-file", type=FILE, help="File with the bearer token, if the host needs one.")
+@_url
+@_token_file
 def rollback(plugin: str, url: str, token_file: Path | None) -> None:
     """Have a running host serve the version of PLUGIN that it served before.
 

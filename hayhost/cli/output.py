@@ -12,7 +12,7 @@ import msgspec
 
 from hayhost.logs import escape
 
-__all__ = ["paint", "print_json", "print_table", "shown_time", "tell", "warn", "warn_of_hooks"]
+__all__ = ["colours", "paint", "print_json", "print_table", "shown_time", "tell", "warn", "warn_of_hooks"]
 
 _COLOURS: Final = {
     **dict.fromkeys(("enabled", "valid", "good", "ready", "ok"), "32"),
@@ -22,10 +22,14 @@ _COLOURS: Final = {
 }
 
 
+def colours(stream: TextIO | None = None) -> bool:
+    """Whether ``stream`` (stdout) is a terminal, and colours are wanted."""
+    return (stream or sys.stdout).isatty() and "NO_COLOR" not in os.environ
+
+
 def paint(code: str, text: str, stream: TextIO | None = None) -> str:
     """``text`` in a colour, if ``stream`` (stdout) is a terminal."""
-    colour = (stream or sys.stdout).isatty() and "NO_COLOR" not in os.environ
-    return f"\x1b[{code}m{text}\x1b[0m" if colour else text
+    return f"\x1b[{code}m{text}\x1b[0m" if colours(stream) else text
 
 
 def print_json(value: Any) -> None:

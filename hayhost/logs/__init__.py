@@ -35,6 +35,7 @@ __all__ = [
     "Wanted",
     "configure",
     "configure_log",
+    "console",
     "current",
     "escape",
     "get_logger",
@@ -69,8 +70,8 @@ def configure(
 ) -> Log:
     """Send all log lines, Tornado's own included, to ``stream`` (stderr) in ``format`` from ``level`` on.
 
-    They go to ``file``, too, of which there are ``files`` at most, of ``file_size`` bytes each. The last ones are kept in
-    ``memory`` bytes, ``records`` of each worker at most.
+    They go to ``file``, too, of which there are ``files`` at most, of ``file_size`` bytes each. The last ones are
+    kept in ``memory`` bytes, ``records`` of each worker at most.
     """
     stream = stream or sys.stderr
     terminal = stream.isatty()
