@@ -25,7 +25,7 @@ from .front import Front
 from .installs import Installs
 from .isolation import Isolation
 from .layout import Layout, Site
-from .logs import current, get_logger
+from .logs import current, get_logger, tell_dropped
 from .management import Management
 from .manifest import Manifest
 from .mcp import CountedAudit, Gateway, LogAudit, NoLists, StoreAudit
@@ -346,6 +346,7 @@ class Host:
         await self.nursery.stop()
         await self.isolation.stop()
         self.service.close()
+        tell_dropped()
         if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 

@@ -1,5 +1,6 @@
 """Everything a plugin says, from its logger, ``print``, ``logging`` and stderr, as bounded log frames."""
 
+import asyncio
 import contextvars
 import io
 import logging
@@ -25,18 +26,28 @@ _RATE: Final = 200.0  # records per second
 _BURST: Final = 1_000
 _MAX_MESSAGE: Final = 8 << 10
 _MAX_META: Final = 32 << 10
+# What was dropped is told after this many seconds, if no record that follows does so.
+_TOLD_AFTER: Final = 1.0
+
+
+Send = Callable[[wire.Message], object]
 
 
 class Capture:
-    """Sends records as frames. One per process; ``send`` is exchanged when a worker is forked off."""
+    """Sends records as frames. One per process; ``send`` is exchanged when a worker is forked off.
 
-    def __init__(self, send: Callable[[wire.Message], None]) -> None:
+    What ``send`` answers with ``False`` to was not sent.
+    """
+
+    def __init__(self, send: Send) -> None:
         self._streams: list[_Lines] = []
         self.rebind(send)
 
-    def rebind(self, send: Callable[[wire.Message], None]) -> None:
-        """Send to someone else from now on, with a full allowance."""
+    def rebind(self, send: Send, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Send to someone else from now on, with a full allowance. On ``loop`` what was dropped is told in the end."""
         self._send = send
+        self._loop = loop
+        self._due = False
         self._lock = threading.Lock()
         self._tokens = float(_BURST)
         self._refilled = time.monotonic()
@@ -66,20 +77,39 @@ class Capture:
             now = time.monotonic()
             self._tokens = min(_BURST, self._tokens + (now - self._refilled) * _RATE)
             self._refilled = now
-            if self._tokens < 1:
-                self._dropped += 1
-                return
-            self._tokens -= 1
-            dropped, self._dropped = self._dropped, 0
+            allowed = self._tokens >= 1
+            if allowed:
+                self._tokens -= 1
+                dropped, self._dropped = self._dropped, 0
+        if not allowed:
+            self._drop(1)
+            return
         if len(message) > _MAX_MESSAGE:
             message = f"{message[:_MAX_MESSAGE]}… ({len(message) - _MAX_MESSAGE} more characters)"
         message = message.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not UTF-8
-        self._send(wire.Log(level, message, _encode_meta(meta), request_id.get(), dropped))
+        if self._send(wire.Log(level, message, _encode_meta(meta), request_id.get(), dropped)) is False:
+            self._drop(dropped + 1)
+
+    def _drop(self, count: int) -> None:
+        with self._lock:
+            self._dropped += count
+            wake, self._due = not self._due, True
+        if wake and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, _TOLD_AFTER, self._tell_dropped)
+
+    def _tell_dropped(self) -> None:
+        with self._lock:
+            self._due = False
+            dropped, self._dropped = self._dropped, 0
+        message = "log lines were left out: there were too many"
+        if dropped and self._send(wire.Log("warning", message, b"", "", dropped)) is False:
+            self._drop(dropped)
 
     def flush(self) -> None:
-        """Send what was written without an end of line."""
+        """Send what was written without an end of line, and how much was dropped."""
         for stream in self._streams:
             stream.end_line()
+        self._tell_dropped()
 
 
 def _encode_meta(meta: Mapping[str, Any] | None) -> bytes:

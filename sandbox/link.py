@@ -63,17 +63,21 @@ class Link:
             self._flushing = True
             self._loop.call_soon(self.flush)
 
-    def send_now(self, message: wire.Message) -> None:
-        """Send a log record from any thread, at once, so that it is out even if the process dies next."""
+    def send_now(self, message: wire.Message) -> bool:
+        """Send a log record from any thread, at once, so that it is out even if the process dies next.
+
+        ``False`` if it is left out, because too many wait already.
+        """
         frame = wire.encode(message)
         with self._lock:
             if self._waiting > _LOG_BACKLOG:
-                return
+                return False
             self._out.append(frame)
             self._write()
             blocked = self._waiting and not self._writer_added
         if blocked:
             self._loop.call_soon_threadsafe(self.flush)
+        return True
 
     def flush(self) -> None:
         """Write what is queued; the rest follows when the socket takes it."""

@@ -88,7 +88,7 @@ def run(
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     link = Link(sock, loop)
-    capture.rebind(link.send_now)
+    capture.rebind(link.send_now, loop)
     worker = _Worker(plugin, capture, link, loop)
     link.listen(worker.receive)
     try:

@@ -135,8 +135,10 @@ class _Zygote:
                 stamps=stamps.all,
             )
         except BaseException as error:
+            self.capture.flush()
             self.send(_failure(error, spec))
             return None
+        self.capture.flush()
         gc.collect()
         gc.freeze()
         self.send(loaded)

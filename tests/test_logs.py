@@ -1,5 +1,6 @@
 """The host's log: one line per event whatever is in it, and a plugin's share of it bounded."""
 
+import asyncio
 import io
 import json
 import logging
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from hayhost.logs import PluginLog, configure, escape, get_logger
 from hayhost.logs import plugin as plugin_log
+
+from .conftest import wait_until
 
 HOSTILE = "a\nb\r\x1b[31mred\x9b31m\x00\x07\x85\u2028\u2029\u202e\u2066\u200f\ufeff\x0b\x0c\x1c end"
 HARMLESS = "a\tb ä 漢 😀 \\n ' \""
@@ -352,3 +355,53 @@ def test_whatever_a_plugin_sends_is_one_line_of_its_own(
         first, *others = text.splitlines()
         assert first[9:].startswith("warning p/a ")
         assert all(line.startswith("    | ") for line in others)
+
+
+def test_the_plugins_of_an_org_share_its_rate(log: Configure, clock: types.SimpleNamespace) -> None:
+    stream = log()
+    one, two, other = (
+        PluginLog(plugin="one", org="a"),
+        PluginLog(plugin="two", org="a"),
+        PluginLog(plugin="one", org="b"),
+    )
+    for _ in range(800):
+        one.record("info", "x")
+        two.record("info", "x")
+    other.record("info", "x")
+    got = [(record["plugin"], record["org"]) for record in records(stream)]
+    assert (got.count(("one", "a")) + got.count(("two", "a")), got.count(("one", "b"))) == (1_000, 1)
+
+
+def test_large_records_are_rated_by_their_size(log: Configure, clock: types.SimpleNamespace) -> None:
+    stream = log()
+    plugin = PluginLog(plugin="large", org="a")
+    meta = json.dumps({"x": "y" * 60_000}).encode()
+    for _ in range(200):
+        plugin.record("info", "x", meta)
+    assert len(records(stream)) == (4 << 20) // (len(meta) + 1)
+    clock.now += 1
+    plugin.record("info", "small")
+    assert records(stream)[-1]["dropped"] == 200 - (4 << 20) // (len(meta) + 1)
+
+
+def test_what_nobody_reads_costs_nothing_of_the_rate(log: Configure, clock: types.SimpleNamespace) -> None:
+    stream = log(level="info")
+    plugin = PluginLog(plugin="chatty")
+    for _ in range(2_000):
+        plugin.record("debug", "x", dropped=1)
+    plugin.record("info", "y")
+    assert one(stream)["dropped"] == 2_000
+
+
+def test_what_was_left_out_is_told_when_nothing_follows(log: Configure) -> None:
+    stream = log()
+
+    async def flood() -> None:
+        plugin = PluginLog(plugin="loud", org="a")
+        while not plugin.left_out:
+            plugin.record("info", "x")
+        await asyncio.to_thread(wait_until, lambda: not plugin.left_out, "it is told")
+
+    asyncio.run(flood())
+    last = records(stream)[-1]
+    assert (last["level"], last["dropped"], last["plugin"], last["org"]) == ("warning", 1, "loud", "a")

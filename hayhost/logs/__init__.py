@@ -20,7 +20,7 @@ from .file import LogFile
 from .lines import as_json, console, escape
 from .log import Listener, Log
 from .masking import MASK, secrets_in
-from .plugin import PluginLog
+from .plugin import PluginLog, tell_dropped
 from .records import LEVELS, Record, Wanted, item
 from .rings import Rings
 from .writing import Writer, to_stream
@@ -41,6 +41,7 @@ __all__ = [
     "get_logger",
     "item",
     "secrets_in",
+    "tell_dropped",
 ]
 
 _MEMORY: Final = 64 << 20
