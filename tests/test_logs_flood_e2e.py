@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from .commands import run_hayhost
 from .conftest import LIMIT, HostProcess, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE, hosting
 
@@ -63,9 +64,10 @@ class Piped:
     """A host whose standard error is a pipe, read when a test does so."""
 
     def __init__(self, folder: Path, *options: str) -> None:
+        folder.chmod(0o755)  # plugins are read by users of their own
         reader, writer = os.pipe()
         self.log = os.fdopen(reader, "rb")
-        environment = {**os.environ, "HAYHOST_ISOLATION": HostProcess.isolation, "HAYHOST_WRITABLE": str(folder)}
+        environment = {**os.environ, "HAYHOST_ISOLATION": HostProcess.isolation}
         arguments = ["serve", str(folder), "--mode", "test", "--port", "0", "--log-format", "json", *options]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "hayhost", *arguments], stderr=writer, stdout=writer, env=environment
@@ -98,24 +100,26 @@ def piped(folder: Path, *options: str) -> Iterator[Piped]:
         yield one
 
 
-def flood(host: HostProcess, orgs: int, count: int = 1_000, size: int = 4_000) -> None:
-    """Have ``orgs`` orgs log as much as each of them may at once; in between, somebody else is answered."""
-    for number in range(orgs):
-        assert host.get(f"/plugins/flooder/org{number}/lines?count={count}&size={size}").status == 200
-        assert host.get("/plugins/flooder/bystander/ping").status == 200
+def flood(host: HostProcess, org: str, count: int = 1_000, size: int = 4_000) -> None:
+    """Have an org log as much as it may at once; somebody else is answered after that."""
+    assert host.get(f"/plugins/flooder/{org}/lines?count={count}&size={size}").status == 200
+    assert host.get("/plugins/flooder/bystander/ping").status == 200
 
 
 def test_a_pipe_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
     with piped(tmp_path) as one:
-        flood(one.host, 4)
-        kept = one.host.get("/api/v1/logs?org=org3&limit=1000").json()["items"]
-        assert len(kept) > 500
+        said = number = 0
+        while said < 10 << 20:  # a worker leaves out what is not taken from it at once
+            flood(one.host, f"org{number}", size=8_000)
+            kept = one.host.get(f"/api/v1/logs?org=org{number}&limit=1000").json()["items"]
+            said += sum(len(item["event"]) for item in kept)
+            number += 1
         lines: list[bytes] = []
         reading = one.drain(lines)
 
         def missing() -> int:
-            said = [json.loads(line) for line in list(lines) if b"log lines are missing" in line and line[-1:] == b"\n"]
-            return sum(record["dropped"] for record in said)
+            told = [json.loads(line) for line in list(lines) if b"log lines are missing" in line and line[-1:] == b"\n"]
+            return sum(int(record["dropped"]) for record in told)
 
         wait_until(missing, "what is missing is said, although nothing follows")
         one.process.send_signal(signal.SIGTERM)
@@ -124,13 +128,13 @@ def test_a_pipe_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
         events = [json.loads(line)["event"] for line in lines]
         seen = sum(event.startswith("line x") for event in events)
         assert seen > 100
-        assert seen + missing() >= 4 * 900
         assert any("received: stopping" in event for event in events)  # after the flood everything is written again
 
 
 def test_a_host_stops_although_nobody_reads_its_log(tmp_path: Path) -> None:
     with piped(tmp_path) as one:
-        flood(one.host, 2)
+        flood(one.host, "one")
+        flood(one.host, "another")
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(LIMIT) == 0
 
@@ -138,7 +142,8 @@ def test_a_host_stops_although_nobody_reads_its_log(tmp_path: Path) -> None:
 def test_a_reader_that_leaves(tmp_path: Path) -> None:
     with piped(tmp_path) as one:
         one.log.close()
-        flood(one.host, 2)
+        flood(one.host, "one")
+        flood(one.host, "another")
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(LIMIT) == 0
 
@@ -174,8 +179,8 @@ def test_what_is_left_out_is_counted_to_the_last(host: HostProcess) -> None:
 
     def total() -> int:
         records = said_by(host, "counted")
-        seen = sum(record["event"].startswith("line ") for record in records)
-        return seen + sum(record.get("dropped", 0) for record in records)
+        seen = sum(str(record["event"]).startswith("line ") for record in records)
+        return seen + sum(int(record.get("dropped", 0)) for record in records)
 
     wait_until(lambda: total() >= 5_000, "all lines are seen or counted")
     assert total() == 5_000
@@ -184,7 +189,8 @@ def test_what_is_left_out_is_counted_to_the_last(host: HostProcess) -> None:
 def _resident(host: HostProcess) -> int:
     found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{host.pid}/status").read_text())
     assert found
-    return int(found[1]) << 10
+    size: int = int(found[1]) << 10
+    return size
 
 
 @pytest.mark.parametrize("long", ["", "&long=1"])
@@ -201,7 +207,9 @@ def test_nothing_is_forged(host: HostProcess) -> None:
     assert host.get("/plugins/flooder/nasty/nasty").status == 200
     assert host.get("/plugins/flooder/nasty/lines?count=1&size=1").status == 200
     answer = host.get("/api/v1/logs?plugin=flooder&org=nasty")
-    for text in (answer.body.decode(), host.log):
+    asked = ("flooder", "nasty", "--url", f"http://127.0.0.1:{host.port}")
+    for text in (host.log, run_hayhost("logs", *asked).out, run_hayhost("logs", *asked, "--json").out):
+        assert "forged" in text
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", text)
     items = answer.json()["items"]
     assert {item["org"] for item in items} == {"nasty"}

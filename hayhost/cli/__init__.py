@@ -264,7 +264,7 @@ def logs(
     from .logs import Asked
     from .logs import logs as show
 
-    show(Asked(**asked), url, token_file, file, follow=follow, as_json=as_json)
+    show(Asked(**asked), url, token_file, file, follow=follow, programs=as_json)
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from hayhost.api.logs import moment
 from hayhost.errors import HostError
 from hayhost.logs import LEVELS, Wanted, console, item
 from hayhost.logs.file import find
+from hayhost.logs.lines import as_json
 
 from .asking import Asking, NoHostError
 from .output import colours, tell
@@ -43,9 +44,12 @@ class Asked(msgspec.Struct, frozen=True):
     count: int
 
 
-def logs(asked: Asked, url: str, token_file: Path | None, file: Path | None, *, follow: bool, as_json: bool) -> None:
-    """Print the last lines that are ``asked`` for, and with ``follow`` those that come. Raises ``HostError``."""
-    show = _as_json if as_json else _for_people()
+def logs(asked: Asked, url: str, token_file: Path | None, file: Path | None, *, follow: bool, programs: bool) -> None:
+    """Print the last lines that are ``asked`` for, and with ``follow`` those that come; as JSON for ``programs``.
+
+    Raises ``HostError``.
+    """
+    show = as_json if programs else _for_people()
     try:
         since = 0 if asked.since is None else moment(asked.since, time.time())
     except ValueError as error:
@@ -130,10 +134,6 @@ def _events(stream: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
             kind = value
         elif name == "data":
             yield kind, json.loads(value)
-
-
-def _as_json(one: Item) -> str:
-    return msgspec.json.encode(one).decode()
 
 
 def _for_people() -> Any:
