@@ -39,6 +39,7 @@ def cli() -> None:
       hayhost bench my-plugin        how fast and how small it is on this machine
       hayhost doctor                 what isolation this machine gives, and what to do about the rest
       hayhost serve plugins/         the host
+      hayhost logs --follow          what a running host says
       hayhost install my-plugin acme, hayhost org, config, token, keys, audit
                                      what the host keeps, from the command line
     """
