@@ -70,11 +70,13 @@ class Rings:
         self.size += size
         while len(ring.records) > self._most or (ring.size > self._limit // _PART and len(ring.records) > 1):
             self.size -= ring.forget_one()
-        while self.size > self._limit and len(ring.records) > 1:
-            if ring.size > self._limit // len(self._rings):
+        while self.size > self._limit:
+            if len(ring.records) > 1 and ring.size > self._limit // len(self._rings):
                 self.size -= ring.forget_one()
-            else:
+            elif len(self._rings) > 1:
                 self._drop_longest_unused()
+            else:
+                break  # this one alone is larger
 
     def _drop_longest_unused(self) -> None:
         _, ring = self._rings.popitem(last=False)
