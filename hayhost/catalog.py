@@ -97,6 +97,7 @@ class Plugin:
         *,
         hook_timeout: float,
         instrument: bool = False,
+        tracing: bool = False,
     ) -> None:
         self.name = manifest.name
         """Its id in URLs."""
@@ -131,6 +132,7 @@ class Plugin:
         self._isolation = isolation
         self._hook_timeout = hook_timeout
         self._instrument = instrument
+        self._tracing = tracing
         self._digests = Digests()
         self._respawning: asyncio.Task[Version] | None = None
         self._serves = asyncio.Event()
@@ -164,7 +166,9 @@ class Plugin:
         """A version of its own of the content that is in the folder now. Raises as ``hayhost.version.load_version``."""
         self.tried, self.seen = manifest, digest
         plan = self._isolation.plan(manifest)
-        spec = spec_of(manifest, plan, hook_timeout=self._hook_timeout, instrument=self._instrument)
+        spec = spec_of(
+            manifest, plan, hook_timeout=self._hook_timeout, instrument=self._instrument, tracing=self._tracing
+        )
         return await load_version(self._nursery, manifest, digest, spec, self.log)
 
     def failed(self, action: str, error: HostError, started: float) -> None:

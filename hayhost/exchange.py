@@ -29,6 +29,7 @@ from .responses import (
 if TYPE_CHECKING:
     from .front import Front
     from .slot import Slot
+    from .tracing import Trace
     from .version import Version
     from .worker import Worker
 
@@ -76,6 +77,7 @@ class Exchange(HTTPMessageDelegate):
         self.deadline = 0.0
         self.started = 0.0
         self.slot: Slot | None = None
+        self.trace: Trace | None = None
         self.counts = front.counts.other
         """Where it counts, once it is known where it goes."""
         self.principal: Principal | None = None
@@ -271,6 +273,10 @@ class Exchange(HTTPMessageDelegate):
         self._worker = worker
         body, self._buffer = b"".join(self._buffer), []
         whole = self._request_ended and len(body) <= _INLINE
+        headers = self._head.for_plugin
+        if self.trace is not None:
+            headers = self.trace.headers(headers)
+            worker.traced(self.trace)
         self._window = wire.WINDOW
         self._stream = worker.open(
             self,
@@ -281,7 +287,7 @@ class Exchange(HTTPMessageDelegate):
                 self.path,
                 self.query,
                 self._route[1],
-                self._head.for_plugin,
+                headers,
                 self.id,
                 body if whole else b"",
                 whole,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import formatdate
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -37,6 +37,9 @@ from .settings import Settings
 from .states import WorkerState
 from .version import Version
 
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 __all__ = ["Front"]
 
 NOBODY: Final = Principal("nobody", "")
@@ -64,6 +67,7 @@ class Front(HTTPServerConnectionDelegate):
         rates: Rates,
         *,
         access_log: bool = False,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self.settings = settings
         self.access = access
@@ -80,6 +84,7 @@ class Front(HTTPServerConnectionDelegate):
         self._layout = layout
         self._mcp = mcp
         self._access_log = access_log
+        self._tracing = tracing
         self._due: OrderedDict[Exchange, None] = OrderedDict()  # all have the same limit, so the first is due first
         self._idle: dict[object, tuple[float, HTTP1Connection]] = {}
         """Connections that wait for a request's head, and until when they may: the first is due first."""
@@ -138,6 +143,8 @@ class Front(HTTPServerConnectionDelegate):
     def closed(self, exchange: Exchange) -> None:
         """The exchange is over."""
         self._due.pop(exchange, None)
+        if exchange.trace is not None:
+            exchange.trace.end(exchange.status)
         if not exchange.status:
             exchange.counts.add(LEFT, self.loop.time() - exchange.started)
         self.open.discard(exchange)
@@ -246,6 +253,7 @@ class Front(HTTPServerConnectionDelegate):
         exchange.base, exchange.path = place.base, place.path
         if method is not None:
             if self._is_method(exchange, frozenset({method, "HEAD"} if method == "GET" else {method})):
+                self._trace(exchange, head, place, place.path)
                 exchange.to_host(lambda exchange, body: self._answer(exchange, place, body, lists))
             return
         slot = self._pool.find(place.plugin, place.org_id)
@@ -255,7 +263,18 @@ class Front(HTTPServerConnectionDelegate):
         if found is not None:
             route = version.metadata.routes[found.route]
             exchange.counts = place.plugin.counts.route(route.method, route.path)
+            self._trace(exchange, head, place, route.path)
             exchange.to_plugin(slot or self._pool.slot(place.plugin, place.org_id), found.route, found.params, version)
+
+    def _trace(self, exchange: Exchange, head: RequestHead, place: Place, route: str) -> None:
+        if self._tracing is None:
+            return
+        if place.base != "/":
+            route = f"/plugins/{{plugin}}/{{org}}{route}"
+        seconds = self.loop.time() - exchange.started
+        exchange.trace = self._tracing.request(
+            head.for_plugin, exchange.method, route, place.plugin.name, place.org_id, exchange.id, seconds
+        )
 
     def match(self, exchange: Exchange, version: Version) -> Match | None:
         """The route of a request in ``version``; ``None`` if it is answered here. Raises ``RequestError``."""

@@ -19,7 +19,7 @@ from sandbox.confinement import kernel
 from .access import Access
 from .api import Api
 from .catalog import Plugin, load_all
-from .errors import HostError
+from .errors import HostError, SettingsError
 from .events import Events
 from .front import Front
 from .installs import Installs
@@ -41,6 +41,7 @@ from .version import Version
 if TYPE_CHECKING:
     from .oauth import Authorizations, Refresher
     from .store import Store
+    from .tracing import Tracing
 
 __all__ = ["Host", "PortTakenError", "url_of"]
 
@@ -104,6 +105,7 @@ class Host:
         self.isolation.egress.lost = self._cut_off
         self.pool = Pool(settings, installs, self.isolation)
         self.pool.told = self._told
+        self.tracing = self.pool.tracing = _tracing(settings)
         self.management = Management(self.pool, trusting=store is None)
         self.management.changed = self._changed
         self.events = Events()
@@ -144,7 +146,14 @@ class Host:
     def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
         """Make a plugin known; ``load`` loads it."""
         timeout = self.settings.hook_timeout
-        plugin = Plugin(manifest, self.nursery, self.isolation, hook_timeout=timeout, instrument=instrument)
+        plugin = Plugin(
+            manifest,
+            self.nursery,
+            self.isolation,
+            hook_timeout=timeout,
+            instrument=instrument,
+            tracing=self.settings.tracing,
+        )
         plugin.changed = lambda: self.pool.version_changed(plugin)
         plugin.reported = lambda: self._reported(plugin)
         plugin.outdated = lambda: self._update(plugin)
@@ -166,7 +175,14 @@ class Host:
                 f"cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror or error}"
             ) from None
         self.front = Front(
-            self.settings, self.management, layout, self.access, self.mcp, self.rates, access_log=access_log
+            self.settings,
+            self.management,
+            layout,
+            self.access,
+            self.mcp,
+            self.rates,
+            access_log=access_log,
+            tracing=self.tracing,
         )
         self._server = _Server(
             self.front,
@@ -345,10 +361,22 @@ class Host:
             plugin.close()
         await self.nursery.stop()
         await self.isolation.stop()
+        if self.tracing is not None:
+            await self.tracing.close()
         self.service.close()
         tell_dropped()
         if self._handles_signals:  # the loop gives up its handlers when it closes: no late signal may end us otherwise
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if not settings.tracing:
+        return None
+    try:
+        from .tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"tracing needs {error.name}: pip install 'hayhost[tracing]'") from None
+    return Tracing()
 
 
 def _raise_descriptor_limit() -> None:

@@ -4,7 +4,8 @@ import asyncio
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .catalog import Plugin
 from .errors import HostError, RequestError, StartFailedError
@@ -18,6 +19,9 @@ from .slot import ZYGOTE_REPORTS, Slot
 from .states import WorkerState
 from .version import Version
 from .worker import SLACK, Worker
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 __all__ = ["Pool"]
 
@@ -52,6 +56,7 @@ class Pool:
         """Called when the state of an org's plugin has changed."""
         self.serves: Callable[[Worker, Slot], None] = lambda worker, slot: None
         """Called with every worker that begins to serve a slot."""
+        self.tracing: Tracing | None = None
         self.keep_idle = False
         """Whether workers stay however long they are idle (``hayhost run``)."""
         self._room: deque[asyncio.Future[None]] = deque()
@@ -152,7 +157,7 @@ class Pool:
         try:
             quarters = await self._quarters(zygote)
             worker = Worker(version, zygote, quarters, self.isolation, log, self._gone)
-            worker.hooked = plugin.counts.hook
+            worker.hooked = partial(self._hooked, plugin)
             return worker, zygote
         except BaseException:
             if quarters is not None and quarters.scratch:
@@ -160,6 +165,11 @@ class Pool:
             if zygote is not version.zygote:
                 zygote.kill()
             raise
+
+    def _hooked(self, plugin: Plugin, worker: Worker, name: str, started: int, ended: int, failed: bool) -> None:
+        plugin.counts.hook(name, (ended - started) / 1e9, failed)
+        if self.tracing is not None and worker.installation is not None and name != "on_start":  # that is in its start
+            self.tracing.hook(name, plugin.name, worker.installation.org_id, started, ended, failed)
 
     async def _make_room(self) -> None:
         while len(self.workers) + self._coming >= self.settings.max_workers and not self._closing:

@@ -97,6 +97,7 @@ class Settings:
     reload: bool = _setting(True, "Serve changed plugins without a restart.")
     poll: bool = _setting(False, "Look for changes instead of waiting for events, for file systems without them.")
     debounce: float = _setting(0.1, "Changed files must be quiet for this long before they are loaded.", most=60)
+    tracing: bool = _setting(False, "Export traces with OpenTelemetry; where to, the OTEL_* variables say.")
     metrics_orgs: bool = _setting(False, "Metrics by org, too: some series for each org that has a worker.")
     log_format: LogFormat = _setting("auto", "How log lines look; auto is console on a terminal, else json.")
     log_level: LogLevel = _setting("info", "The least level that is logged.")

@@ -18,6 +18,7 @@ from .worker import SLACK, Worker
 
 if TYPE_CHECKING:
     from .pool import Pool
+    from .tracing import Trace
 
 __all__ = ["ZYGOTE_REPORTS", "Slot", "Waiter"]
 
@@ -30,6 +31,11 @@ _LONGEST_HOLD: Final = 1.0
 
 class Waiter(Protocol):
     """A request that needs a worker."""
+
+    @property
+    def trace(self) -> "Trace | None":
+        """Its trace, if there is one."""
+        ...
 
     def begin(self, worker: Worker) -> None:
         """The worker is ready for it."""
@@ -191,6 +197,7 @@ class Slot:
         """
         pool, hook_timeout = self._pool, self._pool.settings.hook_timeout
         began = pool.loop.time()
+        trace = next((waiter.trace for waiter in self.queue if waiter.trace is not None), None)
         worker: Worker | None = None
         replacing = serve and self.worker is not None
         try:
@@ -235,6 +242,8 @@ class Slot:
             self.breaker.succeeded()
             phases = {name: ms / 1000 for name, ms in worker.phases().items()}
             self.plugin.counts.started(phases, pool.loop.time() - began)
+            if pool.tracing is not None:
+                pool.tracing.started(self.plugin.name, self.org_id, int(began * 1e9), worker.stamps, trace)
         return worker
 
     def adopt(self, worker: Worker) -> None:

@@ -76,7 +76,9 @@ class Version:
         self.zygote.close()
 
 
-def spec_of(manifest: Manifest, plan: Plan, *, hook_timeout: float, instrument: bool) -> PluginSpec:
+def spec_of(
+    manifest: Manifest, plan: Plan, *, hook_timeout: float, instrument: bool, tracing: bool = False
+) -> PluginSpec:
     """What a zygote needs to load the plugin of ``manifest``, confined to ``plan``."""
     return PluginSpec(
         folder=str(manifest.folder),
@@ -91,6 +93,7 @@ def spec_of(manifest: Manifest, plan: Plan, *, hook_timeout: float, instrument: 
         instrument=instrument,
         plan=plan,
         strict=manifest.sharing == "strict",
+        tracing=tracing,
     )
 
 

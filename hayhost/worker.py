@@ -6,8 +6,9 @@ import secrets
 import signal
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -25,6 +26,9 @@ from .sessions import began, end_session
 from .states import Lifecycle, WorkerState
 from .version import Version
 
+if TYPE_CHECKING:
+    from .tracing import Trace
+
 __all__ = ["Stream", "Worker"]
 
 # Besides the hooks it runs: a loaded machine's scheduling.
@@ -33,6 +37,8 @@ _DUMP_TIMEOUT: Final = 2.0
 _SECRET: Final = 24  # bytes
 # Requests that are nearly done may still change the state: it is asked for when they are, or after this many seconds.
 _PAUSE: Final = 0.1
+# Spans may end some time after their request.
+_TRACES: Final = 512
 
 
 class Stream(Protocol):
@@ -89,8 +95,10 @@ class Worker:
         self.requests = 0
         self.used = loop.time()
         self.mcp_servers: list[wire.McpServer] = []
-        self.hooked: Callable[[str, float, bool], None] = lambda name, seconds, failed: None
-        """Called with every hook that has run, how long it took, and whether it failed."""
+        self.hooked: Callable[[Worker, str, int, int, bool], None] = lambda worker, name, started, ended, failed: None
+        """Called with the worker and every hook that has run, when it began and ended, and whether it failed."""
+        self.traces: OrderedDict[str, Trace] = OrderedDict()
+        """The traces of the last requests that it was given."""
         self.mcp_changed: Callable[[], None] = lambda: None
         """Called when ``mcp_servers`` is another."""
         self.mcp_noticed: Callable[[wire.McpNotice], None] = lambda notice: None
@@ -513,7 +521,7 @@ class Worker:
     def _hook_ran(self, name: str, started: int, ended: int, failed: bool) -> None:
         self.hook_times[name] = (started, ended)
         if name in self.version.hooks:
-            self.hooked(name, (ended - started) / 1e9, failed)
+            self.hooked(self, name, started, ended, failed)
 
     def _on_hook_done(self, message: wire.HookDone) -> None:
         if message.id == 0:  # the hook of a Stop
@@ -521,6 +529,17 @@ class Worker:
         elif (future := self._hooks.get(message.id)) is not None and not future.done():
             message.error = self.masked(message.error)
             future.set_result(message)
+
+    def traced(self, trace: "Trace") -> None:
+        """It is given a request of this trace."""
+        self.traces[trace.id] = trace
+        if len(self.traces) > _TRACES:
+            self.traces.popitem(last=False)
+
+    def _on_spans(self, message: wire.Spans) -> None:
+        for span in message.spans:
+            if (trace := self.traces.get(span.trace_id)) is not None:
+                trace.add(span)
 
     def _on_mcp_servers(self, message: wire.McpServers) -> None:
         for server in message.servers:
@@ -569,6 +588,7 @@ class Worker:
         wire.Ready: _on_ready,
         wire.HookDone: _on_hook_done,
         wire.McpServers: _on_mcp_servers,
+        wire.Spans: _on_spans,
         wire.McpNotice: lambda worker, message: worker.mcp_noticed(message),
         wire.State: _on_state,
         wire.Failed: lambda worker, message: worker._end(worker.masked(message.error)),

@@ -18,6 +18,7 @@ from .answers import Answer, error_answer, render, stream_type
 from .capture import request_id
 from .link import Link
 from .mcp import McpError, McpRuntime, NoSuchToolError, ToolFailedError, encode
+from .tracing import Handling, Tracing
 
 __all__ = ["END", "Caller", "Dispatcher", "Handler", "item_bytes"]
 
@@ -91,13 +92,14 @@ thread_jobs: contextvars.ContextVar[list["Future[Any]"] | None] = contextvars.Co
 class _Exchange:
     """One request: its body until it is complete, then the task that answers it."""
 
-    __slots__ = ("begun", "body", "credit", "jobs", "more_credit", "request", "task", "unwanted")
+    __slots__ = ("begun", "body", "credit", "handling", "jobs", "more_credit", "request", "task", "unwanted")
 
     def __init__(self, request: wire.Request) -> None:
         self.request = request
         self.body = [request.body]
         self.task: asyncio.Task[None] | None = None
         self.jobs: list[Future[Any]] = []
+        self.handling: Handling | None = None
         self.credit = wire.WINDOW
         self.more_credit: asyncio.Future[None] | None = None
         self.begun = False
@@ -120,6 +122,7 @@ class Dispatcher:
         call: Caller,
         mcp: McpRuntime,
         failed: Callable[[str, BaseException], None],
+        tracing: Tracing | None = None,
     ) -> None:
         self._link = link
         self._loop = loop
@@ -128,6 +131,7 @@ class Dispatcher:
         self._call = call
         self._mcp = mcp
         self._failed = failed
+        self._tracing = tracing
         self._exchanges: dict[int, _Exchange] = {}
 
     def request(self, message: wire.Request) -> None:
@@ -167,6 +171,8 @@ class Dispatcher:
         context = contextvars.copy_context()
         context.run(request_id.set, exchange.request.request_id)
         context.run(thread_jobs.set, exchange.jobs)
+        if self._tracing is not None:
+            exchange.handling = context.run(self._tracing.begin, exchange.request)
         exchange.task = self._loop.create_task(self._answer(exchange), context=context)
 
     async def _answer(self, exchange: _Exchange) -> None:
@@ -191,7 +197,10 @@ class Dispatcher:
             self._end(id, final)
 
     def _end(self, id: int, final: wire.Message) -> None:
-        if self._exchanges.pop(id, None) is not None:
+        if (exchange := self._exchanges.pop(id, None)) is not None:
+            if exchange.handling is not None and self._tracing is not None:
+                failed = isinstance(final, wire.Abort) or (isinstance(final, wire.ResponseHead) and final.status >= 500)
+                self._tracing.end(exchange.handling, failed)
             self._link.send(final, now=not self._exchanges)
 
     async def _produce(self, exchange: _Exchange) -> Answer:

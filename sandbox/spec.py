@@ -25,3 +25,5 @@ class PluginSpec:
     plan: Plan = UNCONFINED
     strict: bool = False
     """Whether each worker is to be a program of its own, not a fork."""
+    tracing: bool = False
+    """Whether its workers' spans are wanted."""

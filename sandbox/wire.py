@@ -16,6 +16,8 @@ __all__ = [
     "CHUNK",
     "MAX_FRAME",
     "MAX_MCP_SERVERS",
+    "MAX_SPAN_ATTRIBUTES",
+    "MAX_SPAN_EVENTS",
     "MAX_STATE",
     "VERSION",
     "WINDOW",
@@ -46,6 +48,9 @@ __all__ = [
     "Ready",
     "Request",
     "ResponseHead",
+    "Span",
+    "SpanEvent",
+    "Spans",
     "SpawnZygote",
     "Stamp",
     "Start",
@@ -276,6 +281,45 @@ class McpServer(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     changes: StreamId = 0
 
 
+MAX_SPAN_ATTRIBUTES: Final = 32
+MAX_SPAN_EVENTS: Final = 16
+_SpanName = Annotated[str, msgspec.Meta(max_length=200)]
+_SpanText = Annotated[str, msgspec.Meta(max_length=1_000)]
+_Attribute = tuple[_SpanName, _SpanText | bool | Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | float]
+_Attributes = Annotated[list[_Attribute], msgspec.Meta(max_length=MAX_SPAN_ATTRIBUTES)]
+_SpanId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+
+
+class SpanEvent(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Something that happened in a span. Times of spans are in nanoseconds since 1970."""
+
+    name: _SpanName
+    at: Nanoseconds
+    attributes: _Attributes = []
+
+
+class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A span that has ended. ``kind`` is that of OpenTelemetry's API, from 0 for internal."""
+
+    trace_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+    span_id: _SpanId
+    parent_id: _SpanId
+    name: _SpanName
+    kind: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    started: Nanoseconds
+    ended: Nanoseconds
+    failed: bool
+    error: _SpanText = ""
+    attributes: _Attributes = []
+    events: Annotated[list[SpanEvent], msgspec.Meta(max_length=MAX_SPAN_EVENTS)] = []
+
+
+class Spans(Message, tag=60):
+    """Spans of requests that the worker was given; of others, they are dropped."""
+
+    spans: Annotated[list[Span], msgspec.Meta(max_length=64)]
+
+
 MAX_MCP_SERVERS: Final = 32
 """In one worker: all of them fit into one frame."""
 
@@ -407,6 +451,7 @@ FromWorker = (
     | McpServers
     | McpNotice
     | State
+    | Spans
 )
 ToWorker = Admitted | Start | Request | Body | Cancel | Window | Ping | Hook | Stop | DumpState | State
 

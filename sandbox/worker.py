@@ -42,6 +42,7 @@ from .dispatch import Caller, Dispatcher
 from .link import Link
 from .loader import LoadedPlugin, author_traceback, describe
 from .mcp import McpRuntime
+from .tracing import Tracing
 
 __all__ = ["run"]
 
@@ -207,6 +208,9 @@ class _Worker:
             self._call,
             self._mcp,
             self._failed,
+            Tracing(self._link.send_now, [f"{method} {path}" for method, path, _ in registry.routes])
+            if self._plugin.spec.tracing
+            else None,
         )
         error = start.degraded
         if start.serve:

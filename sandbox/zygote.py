@@ -20,7 +20,7 @@ import msgspec
 from hayhost.sdk import Logger
 from hayhost.sdk.errors import PluginError, RegistrationError
 
-from . import confinement, network, processes, refusals, wire
+from . import confinement, network, processes, refusals, tracing, wire
 from .capture import Capture
 from .confinement import Plan
 from .keeper import split
@@ -124,6 +124,8 @@ class _Zygote:
                 except ImportError as error:
                     plugin.registry.warnings.append(f"the mcp package (2.x) cannot be used: {error}")
                 stamps("mcp")
+            if spec.tracing:
+                tracing.prepare()
             metadata = msgspec.json.encode(plugin.registry.metadata())
             if len(metadata) > _MAX_METADATA:
                 size = f"the plugin's metadata is {len(metadata)} bytes"

@@ -827,6 +827,8 @@ class FakePlugin:
 class Waiting:
     """A request that wants a worker."""
 
+    trace = None
+
     def __init__(self) -> None:
         self.workers: list[Worker] = []
         self.errors: list[RequestError] = []

@@ -1,9 +1,11 @@
 """What runs: plugins, workers, and events as they happen."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from functools import partial
 from heapq import nsmallest
+from typing import Final
 
 import msgspec
 
@@ -23,6 +25,8 @@ from .operations import Operation, Request
 from .views import LoadView, PluginList, PluginView, VersionView, WorkerPage, WorkerQuery, WorkerView
 
 __all__ = ["Running"]
+
+_AT_A_TIME: Final = 50  # workers
 
 
 class Running:
@@ -131,7 +135,9 @@ class Running:
         now = self._pool.loop.time()
         epoch = time.time() - now
         items = []
-        for slot in slots:
+        for number, slot in enumerate(slots, 1):
+            if number % _AT_A_TIME == 0:
+                await asyncio.sleep(0)  # a long page holds up no request
             taken = samples.get(slot.worker.pid, Sample()) if slot.worker is not None else Sample()
             latency = slot.recent.read(now, epoch) if slot.recent is not None else Latency()
             items.append(_describe_worker(slot, taken, latency))

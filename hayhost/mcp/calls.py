@@ -37,6 +37,8 @@ class Call:
     with ``close``, however it went.
     """
 
+    trace = None
+
     def __init__(self, request: dict[str, Any], id: str) -> None:
         self.worker: Worker | None = None
         self.result: dict[str, Any] | None = None

@@ -306,6 +306,8 @@ async def ask(call: Call, worker: Worker) -> dict[str, Any]:
 class _Arrival:
     """Waits in a slot for a worker, and has nothing for it."""
 
+    trace = None
+
     def __init__(self) -> None:
         self.worker: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
 
