@@ -36,7 +36,13 @@ async def modules(req):
     return sorted(name for name in sys.modules if name.startswith("opentelemetry"))
 """
     + PLUGIN
-    + "\n    def on_start(self, ctx):\n        time.sleep(0.01)\n\n    def on_config_update(self, ctx):\n        1 / 0\n"
+    + """
+    def on_start(self, ctx):
+        time.sleep(0.01)
+
+    def on_config_update(self, ctx):
+        1 / 0
+"""
 )
 
 TRACED = (
@@ -155,10 +161,12 @@ def test_the_start_of_a_worker_is_in_the_trace_of_the_request_that_needs_it(
 
 
 def test_hooks(host: HostProcess, collector: Collector) -> None:
-    assert host.get("/plugins/traced/hooked/buy/x").status == 200
-    update = {"json_body": {"config": {}}}
-    assert host.post("/plugins/traced/hooked/config-update", **update).status == 200
-    _one(collector, "POST /plugins/{plugin}/{org}/config-update", hayhost__org="hooked")
+    assert host.get("/plugins/plain/hooked/items/1").status == 200
+    assert host.post("/plugins/plain/hooked/config-update", json_body={"config": {}}).status == 200
+    server = _one(collector, "POST /plugins/{plugin}/{org}/config-update", hayhost__org="hooked")
+    hook = _one(collector, "on_config_update", hayhost__org="hooked")
+    assert server.start <= hook.start <= hook.end <= server.end
+    assert hook.failed
 
 
 @pytest.mark.parametrize(
