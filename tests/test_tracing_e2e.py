@@ -264,8 +264,9 @@ def test_a_worker_adds_to_the_traces_of_its_own_requests_only(host: HostProcess,
 )
 def test_a_malformed_span_ends_its_worker(host: HostProcess, field: str, value: str) -> None:
     answer = host.get(f"/plugins/traced/{field}/nonsense?field={field}&value={value}")
-    assert answer.status == 502
-    assert host.get("/plugins/plain/acme/items/1").status == 200
+    assert answer.status == 502, answer
+    answer = host.get("/plugins/plain/acme/items/1")
+    assert answer.status == 200, answer
 
 
 def test_a_plugin_without_the_package_does_not_get_it(host: HostProcess) -> None:
