@@ -1,14 +1,16 @@
 """More than tools through an org's endpoint: prompts, resources and their news, completion, progress, log messages."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import HostProcess, wait_until
+from .conftest import HostProcess, wait_until, write_plugin
 from .hosting import hosting
-from .mcping import Session, ask, call, listen, messages, news, stateless_request
+from .mcping import Session, Stream, ask, call, listen, messages, news, stateless_request
 
 AT = "/orgs/acme/mcp"
 WATCHED = "test://watched-resource"
@@ -109,3 +111,59 @@ def test_a_server_cannot_ask_a_client_that_cannot_answer(host: HostProcess) -> N
     answer = Session(host, AT).ask("tools/call", params)
     assert "error" in answer or answer["result"]["isError"]
     assert "result" in call(host, AT, "everything__test_simple_text")
+
+
+def test_news_on_the_bus_of_a_server_object_reach_who_subscribed(tmp_path: Path) -> None:
+    source = """
+        from hayhost.sdk import *
+        from mcp.server.mcpserver import Context, MCPServer
+
+        server = MCPServer("bus")
+
+        @server.resource("note://a")
+        def a() -> str:
+            return "a"
+
+        @server.resource("note://b")
+        def b() -> str:
+            return "b"
+
+        @server.tool()
+        async def touch(uri: str, ctx: Context) -> str:
+            await ctx.notify_resource_updated(uri)
+            return uri
+
+        @define_hay_plugin
+        class P:
+            name = "bus"
+
+            async def on_start(self, ctx):
+                await ctx.mcp.start_local("bus", lambda mcp: server)
+    """
+    write_plugin(tmp_path / "bus", source, capabilities=("mcp",))
+    with hosting(tmp_path) as host:
+        path = "/plugins/bus/acme/mcp"
+        session = Session(host, path)
+        assert session.ask("resources/subscribe", {"uri": "note://a"})["result"] == {}
+        streams = [news(session), listen(host, path, resourceSubscriptions=["note://b"])]
+        wait_until(lambda: streams[1].received, "the acknowledgement")
+
+        def touch(*uris: str) -> None:
+            for uri in uris:
+                assert session.call("touch", uri=uri)["result"]["content"][0]["text"] == uri
+
+        def heard(stream: Stream) -> list[str]:
+            return [message["params"]["uri"] for message in stream.received if message.get("method") == UPDATED]
+
+        touch("note://a", "note://b", "note://c")
+        wait_until(lambda: all(map(heard, streams)), "the news")
+        assert session.ask("resources/unsubscribe", {"uri": "note://a"})["result"] == {}
+        touch("note://a", "note://b")
+        wait_until(lambda: len(heard(streams[1])) == 2, "more news")
+        assert [heard(stream) for stream in streams] == [["note://a"], ["note://b", "note://b"]]
+        os.kill(host.health("bus", "acme")["pid"], signal.SIGKILL)
+        wait_until(
+            lambda: session.call("touch", uri="note://b") and len(heard(streams[1])) > 2, "another worker's news"
+        )
+        for stream in streams:
+            stream.close()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .commands import run_hayhost
 from .conftest import wait_until, write_plugin
 from .hosting import hosting, logged
 from .managing import Manager, managed
-from .mcping import Session, ask, call, news, tools
+from .mcping import Session, Stream, ask, call, news, tools
 from .storing import BACKENDS, make_url
 
 TOOLS = """
@@ -88,11 +89,15 @@ def test_all_hosts_of_a_store_follow_and_clients_hear_of_it(backend: str, tmp_pa
         assert tools(here.host, ENDPOINT) == ["look"], "at once"
         wait_until(lambda: tools(there.host, ENDPOINT) == ["look"], "the other host", FOLLOWS)
         for session, stream in zip(sessions, streams, strict=True):
-            wait_until(lambda stream=stream: "notifications/tools/list_changed" in stream.methods(), "news", FOLLOWS)
+            wait_until(partial(_told, stream), "news", FOLLOWS)
             assert session.call("list")["error"]["message"] == "Unknown tool: list"
             stream.close()
         assert there.get("/orgs/acme/tools") == lists("shop__l*", deny=("*__list",))
         assert there.get("/audit?action=tools.put")["items"][0]["details"] == lists("shop__l*", deny=("*__list",))
+
+
+def _told(stream: Stream) -> bool:
+    return "notifications/tools/list_changed" in stream.methods()
 
 
 def test_what_is_denied_is_not_at_the_worker_s_own_urls_either(manager: Manager) -> None:

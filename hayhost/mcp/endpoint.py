@@ -198,7 +198,7 @@ class Endpoint:
         session = self._sessions.pop(id, None)
         if session is not None:
             for shelf, uri in session.watched:
-                shelf.unwatch(uri)
+                self._parts.listings.unwatch(shelf, uri)
 
     def end_streams(self) -> None:
         """End what would go on for ever, and leave the rest to finish."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -276,10 +276,21 @@ class Listings:
             get_logger().warning(f"{method} has entries that cannot be used", **where, entries=items.left_out)
         return items
 
-    async def _watch(self, worker: Worker, served: Served, uris: Counter[str]) -> None:
-        """Tell a server that is new which resources clients want to hear of."""
+    def unwatch(self, shelf: Shelf, uri: str) -> None:
+        """One client less wants to hear of a resource. If it was the last, the worker's servers are told, if there is
+        one."""
+        slot = self._pool.find(shelf.plugin, shelf.org_id)
+        if shelf.unwatch(uri) and slot is not None and slot.worker is not None:
+            for served in shelf.servers.values():
+                if isinstance(served.capabilities.get("resources"), dict):
+                    self._pool.spawn(self._watch(slot.worker, served, (uri,), "resources/unsubscribe"))
+
+    async def _watch(
+        self, worker: Worker, served: Served, uris: Iterable[str], method: str = "resources/subscribe"
+    ) -> None:
+        """Tell a server that is new which resources clients want to hear of, or one which nobody does any more."""
         for uri in list(uris):
-            call = Call({"server": served.id, "method": "resources/subscribe", "params": {"uri": uri}}, "")
+            call = Call({"server": served.id, "method": method, "params": {"uri": uri}}, "")
             try:
                 async with asyncio.timeout(_LIST_TIMEOUT):
                     await ask(call, worker)

@@ -200,11 +200,10 @@ class Methods:
     async def _unsubscribe(self, ctx: Context, view: View) -> dict[str, Any]:
         uri = str((ctx.params or {}).get("uri"))
         session = self._session(ctx)
-        shelf, served = self._owner(ctx, view, uri)
+        shelf, _ = self._owner(ctx, view, uri)
         if session is not None and (shelf, uri) in session.watched:
             session.watched.discard((shelf, uri))
-            if shelf.unwatch(uri):
-                await self._put(ctx, shelf, served, {"uri": uri})
+            self._parts.listings.unwatch(shelf, uri)
         return {}
 
     async def _listen(
@@ -225,7 +224,7 @@ class Methods:
             return await self._listening(ctx, params)
         finally:
             for shelf, uri in watched:
-                shelf.unwatch(uri)
+                self._parts.listings.unwatch(shelf, uri)
 
     async def _put(
         self,
@@ -257,6 +256,8 @@ class Methods:
             id=_request(ctx).scope["hayhost.request"],
             idempotent=hints.get("idempotentHint") is True,
         )
+        if method is not None:  # the host's own question: no client sees the answer
+            return result
         try:
             serialize_server_result(ctx.method, ctx.protocol_version, {**_MODERN_FIELDS, **result})
         except ValidationError as error:

@@ -20,7 +20,7 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
 from mcp.shared.message import MessageMetadata
 from mcp.shared.transport_context import TransportContext
-from mcp_types import PROTOCOL_VERSION_META_KEY
+from mcp_types import CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY, PROTOCOL_VERSION_META_KEY
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from .protocol import INTERNAL_ERROR, NOT_AVAILABLE, TIMED_OUT, Call, McpError
@@ -30,7 +30,15 @@ __all__ = ["OfficialServer", "is_official"]
 
 _TRANSPORT: Final = TransportContext(kind="local", can_send_request=True)
 _LISTEN: Final = "subscriptions/listen"
+_SUBSCRIBE: Final = "resources/subscribe"
+_UNSUBSCRIBE: Final = "resources/unsubscribe"
+_ACKNOWLEDGED: Final = "notifications/subscriptions/acknowledged"
 _EVENTS: Final = {"toolsListChanged": True, "promptsListChanged": True, "resourcesListChanged": True}
+_META: Final = {
+    PROTOCOL_VERSION_META_KEY: MODERN_PROTOCOL_VERSIONS[-1],
+    CLIENT_INFO_META_KEY: INITIALIZE["clientInfo"],
+    CLIENT_CAPABILITIES_META_KEY: {},
+}
 _MOST_WATCHED: Final = 1_000  # resources whose changes clients of the org want to hear of
 
 
@@ -52,6 +60,8 @@ class OfficialServer(Server):
         self._calls: set[Call] = set()
         self._ended = asyncio.Event()
         self._life: asyncio.Task[None] | None = None
+        self._watching: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
+        """What listens for changes of a resource, by its URI, and whether it does already."""
         self._runner: ServerRunner[Any] | None = None
         self._modern: OnRequest | None = None
 
@@ -73,11 +83,12 @@ class OfficialServer(Server):
                 await self._runner.on_notify(context, "notifications/initialized", None)
                 self.info = info_of(result, (result["protocolVersion"], *MODERN_PROTOCOL_VERSIONS))
                 self._capabilities = result.get("capabilities", {})
-                listening = asyncio.create_task(self._listen())
+                listening = asyncio.create_task(self._listen(_EVENTS))
                 begun.set_result(None)
                 self.to("running")
                 await self._ended.wait()
-                listening.cancel()
+                for task in (listening, *(task for task, _ in self._watching.values())):
+                    task.cancel()
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -86,19 +97,44 @@ class OfficialServer(Server):
             else:
                 begun.set_exception(RuntimeError(f"{type(error).__name__}: {error}") if _exits(error) else error)
 
-    async def _listen(self) -> None:
-        """Hear of changed lists in the way of servers that have no connections."""
-        if self._modern is not None and self._target.get_request_handler(_LISTEN) is not None:
-            version = {PROTOCOL_VERSION_META_KEY: MODERN_PROTOCOL_VERSIONS[-1]}
-            with contextlib.suppress(Exception):
-                await self._modern(
-                    _Context(self, None, "hayhost"), _LISTEN, {"notifications": _EVENTS, "_meta": version}
-                )
+    @property
+    def _tells(self) -> bool:
+        """Whether it can be listened to in the way of servers that have no connections."""
+        return self._modern is not None and self._target.get_request_handler(_LISTEN) is not None
+
+    async def _listen(self, events: Mapping[str, Any]) -> None:
+        """Hear of ``events``, for as long as it says something."""
+        if self._modern is not None and self._tells:
+            try:
+                await self._modern(_Context(self, None, "hayhost"), _LISTEN, {"notifications": events, "_meta": _META})
+            except Exception as error:
+                self._failed(f"MCP server {self.id!r} cannot be listened to", error)
+
+    async def _watch(self, call: Call, method: str, uri: str) -> dict[str, Any]:
+        """Listen for changes of a resource from now on, or no more: in both ways, if it knows both."""
+        if self._tells:
+            if method == _UNSUBSCRIBE:
+                if (known := self._watching.pop(uri, None)) is not None:
+                    known[0].cancel()
+            elif uri not in self._watching:
+                if len(self._watching) >= _MOST_WATCHED:
+                    raise McpError(NOT_AVAILABLE, f"more than {_MOST_WATCHED} resources are subscribed to")
+                task, begun = asyncio.create_task(self._listen({"resourceSubscriptions": [uri]})), asyncio.Event()
+                self._watching[uri] = task, begun
+                task.add_done_callback(lambda _: begun.set())  # it will say nothing
+                await begun.wait()
+        if self._tells and self._target.get_request_handler(method) is None:
+            return {}
+        return await self._ask(call, method, {"uri": uri})
 
     def hear(self, call: Call | None, method: str, params: Mapping[str, Any] | None) -> None:
         """Take a notification of the server's, made within ``call`` if it is known."""
         if method.endswith("/list_changed") and (call is None or call.method != _LISTEN):
             self.list_changed()
+        elif method == _ACKNOWLEDGED:
+            for uri in ((params or {}).get("notifications") or {}).get("resourceSubscriptions") or ():
+                if uri in self._watching:
+                    self._watching[uri][1].set()
         elif call is None:
             self._notice(self.id, method, params)
         elif method == "notifications/progress":
@@ -127,6 +163,8 @@ class OfficialServer(Server):
         return await self._ask(call, "tools/call", {"name": name, "arguments": arguments})
 
     async def request(self, call: Call, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        if method in (_SUBSCRIBE, _UNSUBSCRIBE) and isinstance(uri := params.get("uri"), str):
+            return await self._watch(call, method, uri)
         return await self._ask(call, method, call.stamped(params, call.progress_token))
 
     async def _ask(self, call: Call, method: str, params: dict[str, Any]) -> dict[str, Any]:
