@@ -5,7 +5,6 @@ worker for each socket that the front sends it. No event loop and no thread of o
 """
 
 import functools
-import gc
 import os
 import select
 import signal
@@ -26,6 +25,7 @@ from .confinement import Plan
 from .keeper import split
 from .loader import LoadedPlugin, author_traceback, describe, load
 from .mcp.prewarm import prewarm, uses_package
+from .packing import pack
 from .snapshot import installed_sources
 from .spec import PluginSpec
 
@@ -141,8 +141,7 @@ class _Zygote:
             self.send(_failure(error, spec))
             return None
         self.capture.flush()
-        gc.collect()
-        gc.freeze()
+        pack()
         self.send(loaded)
         return plugin
 

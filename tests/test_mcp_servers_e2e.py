@@ -18,6 +18,7 @@ from .hosting import hosting, logged
 from .networking import Names
 from .test_mcp_runtime import program
 
+ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 NPM = ("@modelcontextprotocol/server-everything", "@modelcontextprotocol/server-filesystem")
 SECRET = "Bearer s3cret-of-acme"
@@ -45,6 +46,15 @@ def tools(host: HostProcess, plugin: str, org: str = "acme") -> dict[str, dict[s
     answer = host.get(f"/plugins/{plugin}/{org}/mcp/list-tools")
     assert answer.status == 200
     return {tool["name"]: tool for tool in answer.json()["tools"]}
+
+
+def test_the_example_with_a_program(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "plugins" / "dates", tmp_path / "dates")
+    with hosting(tmp_path, writable=False) as host:
+        answer = call(host, "dates", "weekday", date="2026-11-22")
+        assert (answer.status, answer.json()["content"][0]["text"]) == (200, "Sunday")
+        health = host.health("dates", "acme")
+        assert (health["status"], health["mcpServers"]["servers"]) == ("healthy", ["dates"])
 
 
 def session_of(worker: int) -> list[int]:
