@@ -158,8 +158,8 @@ class Egress:
         """Give the broker its end of a worker's socket pair, which is closed here: the worker is of ``org`` from now
         on. While there is no broker, the worker waits for the next.
 
-        ``proxy``, for the worker's programs, is a socket on which the broker is handed another one that listens for
-        them, and closed here as well, and the secret by which they make themselves known.
+        ``proxy``, for the worker's programs, is the broker's socket to the keeper of their namespaces, closed here as
+        well, and the secret by which they make themselves known.
         """
         self._ids += 1
         rules = network if isinstance(network, bool) else list(network)

@@ -30,8 +30,8 @@ _PORTS: Final = range(10_000, 32_000)
 
 @dataclass(frozen=True, slots=True)
 class Doorway:
-    """Where one worker's programs get to the egress broker: a port in their namespaces, and a socket for the
-    broker, on which it is handed what listens there."""
+    """Where one worker's programs get to the egress broker: a port in their namespaces, and for the broker its
+    socket to the keeper, which hands it what listens there."""
 
     port: int
     end: socket.socket

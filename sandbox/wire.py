@@ -165,8 +165,9 @@ class LoadFailed(Message, tag=5):
 class MakeScratch(Message, tag=26):
     """Make the scratch folder ``name``; ``ScratchMade`` is the answer.
 
-    With ``port`` a Unix stream socket comes along. On it one byte is sent with a descriptor, of a socket that listens
-    on that port of the namespaces' 127.0.0.1.
+    With ``port`` a Unix stream socket comes along, whose other end is for the broker. On it one byte is sent with a
+    socket that listens on that port of the namespaces' 127.0.0.1; then, for each byte that comes, one with two TCP
+    sockets of that network which are connected to each other.
     """
 
     name: str

@@ -53,8 +53,8 @@ class Configure(wire.Message, tag=31):
 class Attach(wire.Message, tag=32):
     """One descriptor comes along: the broker's end of a worker's. ``id`` is the front's, never used again.
 
-    With ``secret`` there is a second one: a socket on which a byte and another descriptor wait, which listens for the
-    worker's programs. They make themselves known by the secret.
+    With ``secret`` there is a second one: a socket to the keeper of the worker's namespaces (``wire.MakeScratch``), on
+    which one that listens for the worker's programs waits already. They make themselves known by the secret.
     """
 
     id: Number

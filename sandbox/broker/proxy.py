@@ -2,6 +2,9 @@
 
 It speaks CONNECT only: names are judged, and what is inside is TLS between a program and a server. Who is not the
 worker's is told nothing. Everything is bounded: heads, times, connections, and what waits to be passed on.
+
+As such a worker may connect, what it is passed must not be a connection of the host's network: it could disconnect it
+and have it lead anywhere. So it gets one end of a pair in its own network, and the bytes are passed on as well.
 """
 
 import asyncio
@@ -10,53 +13,44 @@ import errno
 import hmac
 import socket
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import h11
 
 from .dialler import DialError
 from .limits import TokenBucket
+from .splice import LASTING, PATIENCE, Patience, Splice
 
-__all__ = ["USER", "Owner", "Patience", "Proxy"]
+__all__ = ["USER", "Endpoint", "Owner", "Proxy"]
+
+Endpoint = tuple[str, int]
+"""A name, as it was judged, and a port."""
 
 USER: Final = "worker"
 CONNECTIONS: Final = 64
 """Of one worker's programs at once. Further ones wait in the kernel."""
 
 _HEAD: Final = 8 << 10
-_CHUNK: Final = 64 << 10  # all that is kept of a connection, for each way
 _RATE: Final = (50.0, 200)  # connections per second and at once
 _PAUSE: Final = 0.05
 _WRONG: Final = 1.0  # seconds that an answer to wrong credentials takes
 _LINGER: Final = 1.0  # so that who still sends gets to read why it was refused
 _REASON: Final = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds."""
-
-    head: float = 10.0
-    """For a program to say where to."""
-    idle: float = 300.0
-    """Without a byte in either direction."""
-    total: float = 6 * 3600.0
-    """Of a connection."""
+_PAIR_TIMEOUT: Final = 5.0
+_THREE_DESCRIPTORS: Final = socket.CMSG_LEN(12)
 
 
 class Owner(Protocol):
     """The worker whose programs these are."""
 
-    def connect(self, host: str, port: int) -> AbstractAsyncContextManager[socket.socket]:
-        """A connection, which ends with the context. Raises ``DialError``."""
+    async def connect(self, host: str, port: int) -> tuple[socket.socket, Endpoint]:
+        """A connection that counts until it is ``closed``. Raises ``DialError``."""
 
     def refused(self, host: str, port: int, error: DialError) -> None:
         """Somebody was refused before ``connect`` was called."""
 
-    def closed(self, host: str, port: int, sent: int, received: int) -> None:
-        """A connection that ``connect`` has made is over; so many bytes went through it."""
+    def closed(self, end: Endpoint, sent: int, received: int) -> None:
+        """A connection is over; so many bytes went through it."""
 
 
 class _RefusedError(Exception):
@@ -68,10 +62,17 @@ class _RefusedError(Exception):
 
 
 class Proxy:
-    """Serves what connects to ``listener``, which is closed in the end, and knows ``secret``."""
+    """Serves what connects to the socket that ``keeper`` hands over (``wire.MakeScratch``) and knows ``secret``.
 
-    def __init__(self, listener: socket.socket, secret: str, owner: Owner, patience: Patience = Patience()) -> None:
+    Takes ``keeper`` over. Raises ``OSError`` if there is no keeper any more.
+    """
+
+    def __init__(self, keeper: socket.socket, secret: str, owner: Owner, patience: Patience = PATIENCE) -> None:
         self._loop = asyncio.get_running_loop()
+        self._keeper = keeper
+        self._asking = asyncio.Lock()
+        keeper.setblocking(False)
+        [listener] = self._handed(1)
         self._credentials = base64.b64encode(f"{USER}:{secret}".encode())
         self._owner = owner
         self._patience = patience
@@ -91,10 +92,55 @@ class Proxy:
         if not task.cancelled():
             task.result()
 
-    def close(self) -> None:
-        """End it with all its connections. Closing twice is safe."""
+    def close(self, then: Callable[[], None]) -> None:
+        """End it with all its connections, and call ``then`` when they are closed. Called once."""
         for task in self._tasks:
             task.cancel()
+
+        def done(_: object) -> None:
+            self._keeper.close()
+            then()
+
+        asyncio.gather(*self._tasks, return_exceptions=True).add_done_callback(done)
+
+    # ---- for the worker itself
+
+    async def pair(self) -> tuple[socket.socket, socket.socket]:
+        """Two sockets of the plugin's network that are connected to each other. Raises ``OSError``."""
+        async with self._asking, asyncio.timeout(_PAIR_TIMEOUT):
+            self._keeper.send(b"\0", socket.MSG_NOSIGNAL)
+            readable = asyncio.Event()
+            self._loop.add_reader(self._keeper, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                self._loop.remove_reader(self._keeper)
+            one, other = self._handed(2)
+            return one, other
+
+    def _handed(self, count: int) -> list[socket.socket]:
+        data, ancillary, _, _ = self._keeper.recvmsg(1, _THREE_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        found = [number for _, _, content in ancillary for number in memoryview(content).cast("i").tolist()]
+        sockets = [socket.socket(fileno=number) for number in found]
+        if not data or len(sockets) != count:
+            for sock in sockets:
+                sock.close()
+            raise OSError(errno.ENETDOWN, "the plugin's network has ended")
+        for sock in sockets:
+            sock.setblocking(False)
+        return sockets
+
+    def pass_on(self, client: socket.socket, server: socket.socket, end: Endpoint) -> None:
+        """Pass bytes on between the two, and close them in the end."""
+        splice = Splice(client, server, LASTING)
+
+        def done(_: object) -> None:
+            splice.close()
+            self._owner.closed(end, splice.sent, splice.received)
+
+        self._spawn(splice.run()).add_done_callback(done)
+
+    # ---- for its programs
 
     async def _accept(self, listener: socket.socket) -> None:
         bucket = TokenBucket(*_RATE)
@@ -110,17 +156,23 @@ class Proxy:
                     self._places.release()
                     await asyncio.sleep(_PAUSE)
                     continue
-                self._spawn(self._serve(client)).add_done_callback(lambda _: self._places.release())
+                self._serve(client)
 
-    async def _serve(self, client: socket.socket) -> None:
-        with client:
-            connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD)
-            try:
-                await self._tunnel(client, connection)
-            except _RefusedError as error:
-                await self._refuse(client, connection, error)
-            except OSError:
-                pass  # one of the two has gone, or been silent for too long
+    def _serve(self, client: socket.socket) -> None:
+        def done(_: object) -> None:
+            client.close()
+            self._places.release()
+
+        self._spawn(self._answer(client)).add_done_callback(done)
+
+    async def _answer(self, client: socket.socket) -> None:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD)
+        try:
+            await self._tunnel(client, connection)
+        except _RefusedError as error:
+            await self._refuse(client, connection, error)
+        except OSError:
+            pass  # it has gone, or been silent for too long
 
     async def _tunnel(self, client: socket.socket, connection: h11.Connection) -> None:
         """Raises ``_RefusedError`` before anything was answered, ``OSError`` at any time."""
@@ -131,11 +183,16 @@ class Proxy:
             raise _RefusedError(408, "the head of the request did not come in time") from None
         host, port = await self._judge(request)
         try:
-            async with self._owner.connect(host, port) as server:
-                answer = connection.send(h11.Response(status_code=200, headers=[], reason="Connection established"))
-                await self._splice(client, server, (host, port), answer or b"", connection.trailing_data[0])
+            server, end = await self._owner.connect(host, port)
         except DialError as error:
             raise _RefusedError(_status(error), error.text) from None
+        answer = connection.send(h11.Response(status_code=200, headers=[], reason="Connection established"))
+        splice = Splice(client, server, self._patience, connection.trailing_data[0])
+        try:
+            await splice.run(answer or b"")
+        finally:
+            splice.close()
+            self._owner.closed(end, splice.sent, splice.received)
 
     async def _request(self, client: socket.socket, connection: h11.Connection) -> h11.Request:
         try:
@@ -174,25 +231,6 @@ class Proxy:
         scheme, _, credentials = given[0].partition(b" ")
         return scheme.lower() == b"basic" and hmac.compare_digest(credentials.strip(), self._credentials)
 
-    async def _splice(
-        self, client: socket.socket, server: socket.socket, endpoint: tuple[str, int], answer: bytes, early: bytes
-    ) -> None:
-        """Pass on what comes from either side, until both have ended, one fails, or it takes too long."""
-        sent, received = _Way(client, server, early), _Way(server, client, answer, -len(answer))
-        try:
-            async with asyncio.timeout(self._patience.total), asyncio.timeout(self._patience.idle) as idle:
-
-                def moved() -> None:
-                    idle.reschedule(self._loop.time() + self._patience.idle)
-
-                async with asyncio.TaskGroup() as ways:
-                    for way in (sent, received):
-                        ways.create_task(way.run(moved))
-        except* OSError:
-            pass
-        finally:
-            self._owner.closed(*endpoint, sent.bytes, max(0, received.bytes))
-
     async def _refuse(self, client: socket.socket, connection: h11.Connection, error: _RefusedError) -> None:
         reason = "".join(char if " " <= char <= "~" else "?" for char in error.text)
         body = f"{reason}\n".encode()
@@ -209,31 +247,10 @@ class Proxy:
             async with asyncio.timeout(_LINGER):
                 await self._loop.sock_sendall(client, b"".join(part for part in parts if part))
                 client.shutdown(socket.SHUT_WR)
-                while await self._loop.sock_recv(client, _CHUNK):
+                while await self._loop.sock_recv(client, _HEAD):
                     pass
         except OSError:
             pass
-
-
-class _Way:
-    """One direction. ``first`` goes before what comes; ``bytes`` counts what has gone."""
-
-    def __init__(self, source: socket.socket, sink: socket.socket, first: bytes, count: int = 0) -> None:
-        self._source = source
-        self._sink = sink
-        self._first = first
-        self.bytes = count
-
-    async def run(self, moved: Callable[[], None]) -> None:
-        """Pass on until the end, and then the end as well. Raises ``OSError``."""
-        loop = asyncio.get_running_loop()
-        data = self._first or await loop.sock_recv(self._source, _CHUNK)
-        while data:
-            await loop.sock_sendall(self._sink, data)
-            self.bytes += len(data)
-            moved()
-            data = await loop.sock_recv(self._source, _CHUNK)
-        self._sink.shutdown(socket.SHUT_WR)
 
 
 def _status(error: DialError) -> int:

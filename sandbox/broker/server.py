@@ -17,7 +17,6 @@ import socket
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -43,8 +42,7 @@ from .messages import (
     ToBroker,
 )
 from .names import Rules, literal, normalise
-from .pinning import pin
-from .proxy import Proxy
+from .proxy import Endpoint, Proxy
 from .resolver import Resolver
 
 __all__ = ["main"]
@@ -153,8 +151,11 @@ class _Broker:
             self.front.send(wire.Hello(wire.VERSION, []))
         else:
             sock = socket.socket(fileno=self._descriptors.pop(0))
-            listener = _listener(self._descriptors.pop(0)) if message.secret else None
-            self._workers.add(_Worker(self, message, sock, listener))
+            keeper = socket.socket(fileno=self._descriptors.pop(0)) if message.secret else None
+            _Worker(self, message, sock, keeper)
+
+    def remember(self, worker: "_Worker") -> None:
+        self._workers.add(worker)
 
     def forget(self, worker: "_Worker") -> None:
         self._workers.discard(worker)
@@ -178,21 +179,28 @@ class _Worker:
     """One worker's descriptor. Whatever comes in on it was said by that worker, for that org."""
 
     def __init__(
-        self, broker: _Broker, attach: Attach, sock: socket.socket, listener: socket.socket | None = None
+        self, broker: _Broker, attach: Attach, sock: socket.socket, keeper: socket.socket | None = None
     ) -> None:
         self._broker = broker
         self._id = attach.id
         self._sock = sock
         self._rules = Rules(attach.network)
         self._org: Org = broker.orgs.enter(attach.org)
+        broker.remember(self)
         self._datagrams = TokenBucket(*_DATAGRAMS)
         self._dials: set[asyncio.Task[None]] = set()
         self._open: OrderedDict[int, tuple[str, int]] = OrderedDict()
         self._numbers = 0
         self._closed = False
         self._reading = False
-        self._may_connect = bool(attach.secret)
-        self._proxy = Proxy(listener, attach.secret, self) if listener else None
+        self._proxy: Proxy | None = None
+        if keeper is not None:
+            try:
+                self._proxy = Proxy(keeper, attach.secret, self)
+            except OSError:
+                keeper.close()
+                self.close("its own network has ended")
+                return
         with contextlib.suppress(OSError):
             sock.send(_encode(Greeting(attach.network)), _NOW)
         self._resume()
@@ -305,26 +313,43 @@ class _Worker:
         return host
 
     async def _dial(self, host: str, port: int, reply: socket.socket) -> None:
-        assert self._broker.dialler is not None
         begun = time.monotonic()
         try:
-            sock, address = await self._broker.dialler.dial(host, port, self._org.resolving)
+            sock, address = await self._reach(host, port)
         except DialError as error:
             self._refuse(host, port, error, reply)
             return
         with sock:
-            if self._may_connect:
-                try:
-                    pin(sock)
-                except OSError as error:  # it is over already
-                    self._refuse(host, port, DialError(error.errno or errno.EIO, str(error.strerror)), reply)
-                    return
             self._numbers += 1
-            if not _answer(reply, Answer(0, "", self._numbers), sock):
+            taken = _answer(reply, Answer(0, "", self._numbers), sock)
+        if self._proxy is None:
+            if not taken:
                 return
-        self._open[self._numbers] = host, port
-        if len(self._open) > _OPEN:
-            self._open.popitem(last=False)
+            self._open[self._numbers] = host, port
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        self._connected(host, port, address, begun)
+
+    async def _reach(self, host: str, port: int) -> tuple[socket.socket, str]:
+        """A socket for the worker itself, and the address that it leads to. Raises ``DialError``."""
+        assert self._broker.dialler is not None
+        if self._proxy is None:
+            return await self._broker.dialler.dial(host, port, self._org.resolving)
+        self._check_tunnels()
+        sock, address = await self._broker.dialler.dial(host, port, self._org.resolving)
+        try:
+            theirs, ours = await self._proxy.pair()
+        except OSError as error:
+            sock.close()
+            raise DialError(error.errno or errno.ENETDOWN, error.strerror or "the plugin's network has ended") from None
+        except BaseException:
+            sock.close()
+            raise
+        self._tunnel(1)
+        self._proxy.pass_on(ours, sock, (host, port))
+        return theirs, address
+
+    def _connected(self, host: str, port: int, address: str, begun: float) -> None:
         ms = round((time.monotonic() - begun) * 1000, 1)
         self._broker.front.send(Connected(self._id, host, port, address, ms))
 
@@ -334,14 +359,12 @@ class _Worker:
 
     # ---- for its programs: proxy.Owner
 
-    @contextlib.asynccontextmanager
-    async def connect(self, host: str, port: int) -> AsyncIterator[socket.socket]:
+    async def connect(self, host: str, port: int) -> tuple[socket.socket, Endpoint]:
         assert self._broker.dialler is not None
         begun = time.monotonic()
         try:
             host = self._judge(host, port)
-            if max(self._org.tunnels - TUNNELS_PER_ORG, self._broker.tunnels - _TUNNELS) >= 0:
-                raise DialError(errno.ENOBUFS, "too many connections are open", policy=True)
+            self._check_tunnels()
             self._pend(1)
             try:
                 sock, address = await self._broker.dialler.dial(host, port, self._org.resolving)
@@ -350,22 +373,24 @@ class _Worker:
         except DialError as error:
             self.refused(host, port, error)
             raise
-        with sock:
-            ms = round((time.monotonic() - begun) * 1000, 1)
-            self._broker.front.send(Connected(self._id, host, port, address, ms))
-            self._broker.tunnels += 1
-            self._org.tunnels += 1
-            try:
-                yield sock
-            finally:
-                self._broker.tunnels -= 1
-                self._org.tunnels -= 1
+        self._tunnel(1)
+        self._connected(host, port, address, begun)
+        return sock, (host, port)
+
+    def _check_tunnels(self) -> None:
+        if self._org.tunnels >= TUNNELS_PER_ORG or self._broker.tunnels >= _TUNNELS:
+            raise DialError(errno.ENOBUFS, "too many connections are open", policy=True)
+
+    def _tunnel(self, more: int) -> None:
+        self._broker.tunnels += more
+        self._org.tunnels += more
 
     def refused(self, host: str, port: int, error: DialError) -> None:
         self._broker.front.send(Refused(self._id, host, port, error.text, error.policy))
 
-    def closed(self, host: str, port: int, sent: int, received: int) -> None:
-        self._broker.front.send(Closed(self._id, host, port, sent, received, True))
+    def closed(self, end: Endpoint, sent: int, received: int) -> None:
+        self._tunnel(-1)
+        self._broker.front.send(Closed(self._id, *end, sent, received, True))
 
     # ---- its end
 
@@ -376,13 +401,14 @@ class _Worker:
         self._pause()
         self._closed = True
         self._sock.close()
-        if self._proxy is not None:
-            self._proxy.close()
         self._broker.orgs.leave(self._org)
         self._broker.forget(self)
-        self._broker.front.send(Gone(self._id, reason))
         for task in self._dials:
             task.cancel()
+        if self._proxy is None:
+            self._broker.front.send(Gone(self._id, reason))
+        else:  # what has gone through those connections is said before
+            self._proxy.close(lambda: self._broker.front.send(Gone(self._id, reason)))
 
 
 def _answer(reply: socket.socket, answer: Answer, sock: socket.socket | None = None) -> bool:
@@ -398,17 +424,6 @@ def _answer(reply: socket.socket, answer: Answer, sock: socket.socket | None = N
     except OSError:
         return False
     return True
-
-
-def _listener(end: int) -> socket.socket | None:
-    """What has been put into a socket pair for a worker's programs to connect to. The pair is closed."""
-    with socket.socket(fileno=end) as pair:
-        try:
-            _, ancillary, _, _ = pair.recvmsg(1, _ONE_DESCRIPTOR, _NOW | socket.MSG_CMSG_CLOEXEC)
-        except OSError:
-            return None
-    found = _descriptors(ancillary)
-    return socket.socket(fileno=found[0]) if found else None
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

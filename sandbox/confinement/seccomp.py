@@ -168,8 +168,8 @@ class Rules:
     """Landlock governs truncating. Without it only what is opened for writing can be truncated."""
 
     connect: bool = False
-    """TCP leads nowhere but to one port of an empty network, so programs may connect to it. Whoever passes the worker a
-    connection from another network must see to it that it cannot be made to lead elsewhere."""
+    """TCP leads nowhere but to one port of an empty network, so programs may connect to it. The worker must not be
+    passed connections of another network, as it could make them lead elsewhere."""
 
 
 @functools.cache  # the same for most plugins, and milliseconds to build
