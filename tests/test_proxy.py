@@ -164,7 +164,12 @@ def test_each_direction_ends_by_itself_and_is_counted_to_the_byte(made: Bench) -
                 client.shutdown(socket.SHUT_WR)
                 assert read(peer) == b"question"
                 big = bytes(range(256)) * 20_000
-                writer = threading.Thread(target=lambda: (peer.sendall(big), peer.shutdown(socket.SHUT_WR)))
+
+                def write() -> None:
+                    peer.sendall(big)
+                    peer.shutdown(socket.SHUT_WR)
+
+                writer = threading.Thread(target=write)
                 writer.start()
                 assert read(client) == big
                 writer.join()
