@@ -88,6 +88,8 @@ class Front(HTTPServerConnectionDelegate):
         self._due: OrderedDict[Exchange, None] = OrderedDict()  # all have the same limit, so the first is due first
         self._idle: dict[object, tuple[float, HTTP1Connection]] = {}
         """Connections that wait for a request's head, and until when they may: the first is due first."""
+        self.leaving: set[object] = set()
+        """Connections that are closed already, and whose end Tornado has not told yet."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = f"{os.urandom(4).hex()}-{{}}".format
         self._count = 0
@@ -111,12 +113,22 @@ class Front(HTTPServerConnectionDelegate):
 
     def on_close(self, server_conn: object) -> None:
         self._idle.pop(server_conn, None)
+        self.leaving.discard(server_conn)
+
+    def make_room(self, count: int) -> int:
+        """Close up to ``count`` connections that wait for a request's head, the longest idle first; how many."""
+        longest = list(itertools.islice(self._idle.items(), count))
+        for server_conn, (_, connection) in longest:
+            del self._idle[server_conn]
+            self.leaving.add(server_conn)
+            connection.close()
+        return len(longest)
 
     # ---- what exchanges tell
 
     def begun(self, exchange: Exchange, server_conn: object) -> None:
         """The head of a request is there."""
-        del self._idle[server_conn]
+        self._idle.pop(server_conn, None)  # it may have been closed just now
         self.open.add(exchange)
         self.nothing_open.clear()
         self.wait_for(exchange)

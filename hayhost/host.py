@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 
 from sandbox.confinement import kernel
@@ -33,6 +31,7 @@ from .metrics.endpoint import Metrics, Sources
 from .pool import Pool
 from .processes import Nursery
 from .rates import Rates
+from .server import Server, most_connections
 from .settings import Settings
 from .slot import Slot
 from .systemd import Service
@@ -47,7 +46,6 @@ __all__ = ["Host", "PortTakenError", "url_of"]
 
 # Zygotes import in parallel, but no more at once than there are processors to import on.
 _LOAD_AT_ONCE: Final = max(2, os.cpu_count() or 1)
-_MAX_HEADER: Final = 64 << 10
 _PR_SET_DUMPABLE: Final = 4
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,24 +59,6 @@ class PortTakenError(HostError):
 def url_of(host: str, port: int) -> str:
     """The URL of what listens there."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-class _Server(HTTPServer):
-    """Tornado's, with connections that send at once: an answer that is complete leaves in one write."""
-
-    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
-        stream.set_nodelay(True)
-        stream.set_nodelay = _always  # type: ignore  # or it is switched twice for each answer
-        super().handle_stream(stream, address)
-
-    def on_close(self, server_conn: object) -> None:
-        super().on_close(server_conn)
-        assert isinstance(self.request_callback, Front)
-        self.request_callback.on_close(server_conn)
-
-
-def _always(_value: bool) -> None:
-    pass
 
 
 class Host:
@@ -125,7 +105,7 @@ class Host:
         self.front: Front | None = None
         self.before_stop: Callable[[], Awaitable[None]] | None = None
         """What is to be stopped before the rest."""
-        self._server: HTTPServer | None = None
+        self._server: Server | None = None
         self._stopping = asyncio.Event()
         self._renewals: set[asyncio.Task[None]] = set()
         self._handles_signals = False
@@ -184,13 +164,7 @@ class Host:
             access_log=access_log,
             tracing=self.tracing,
         )
-        self._server = _Server(
-            self.front,
-            no_keep_alive=False,
-            max_header_size=_MAX_HEADER,
-            max_body_size=1 << 62,  # the front has its own limit, and answers 413 where this one would hang up
-        )
-        self._server.conn_params.header_timeout = None  # the front closes idle connections, without a timer for each
+        self._server = Server(self.front, most_connections(self.settings.max_workers))
         self._server.add_sockets(sockets)
         port: int = sockets[0].getsockname()[1]
         return port
