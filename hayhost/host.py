@@ -111,17 +111,21 @@ class Host:
         self._handles_signals = False
 
     async def __aenter__(self) -> "Host":
+        """Start what plugins need. If a signal comes meanwhile it is not all there, and ``is_stopping`` is true."""
         _raise_descriptor_limit()
         _leave_no_core()
         self.service.watch()
-        await self.nursery.start()
         try:
-            await self.isolation.start(self.nursery)
+            await self.unless_stopped(self._start())
         except BaseException:
             await self.nursery.stop()
             raise
-        self.isolation.log()
         return self
+
+    async def _start(self) -> None:
+        await self.nursery.start()
+        await self.isolation.start(self.nursery)
+        self.isolation.log()
 
     def add(self, manifest: Manifest, *, instrument: bool = False) -> Plugin:
         """Make a plugin known; ``load`` loads it."""

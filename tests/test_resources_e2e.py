@@ -2,12 +2,8 @@
 
 import contextlib
 import os
-import resource
 import shutil
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import LIMIT, HostProcess, routes, seen_of, wait_until, write_plugin
-from .hosting import hosting, logged, stored
-from .managing import Manager, write_recorder
+from .hosting import logged
 
 PLUGIN = routes(
     """
@@ -86,7 +81,9 @@ def is_closed(sock: socket.socket) -> bool:
         sock.settimeout(LIMIT)
 
 
-@pytest.mark.parametrize("send", [b"", b"GET /plugins/p/acme/hello HTTP/1.1\r\nHost: a\r\nX-Slow: "], ids=["idle", "slow"])
+@pytest.mark.parametrize(
+    "send", [b"", b"GET /plugins/p/acme/hello HTTP/1.1\r\nHost: a\r\nX-Slow: "], ids=["idle", "slow"]
+)
 def test_more_connections_than_descriptors_make_room_for_who_asks(tmp_path: Path, send: bytes) -> None:
     write_plugin(tmp_path / "p", PLUGIN)
     host = limited(tmp_path, "--nofile=256:256", options=("--max-workers", "20"))

@@ -88,6 +88,8 @@ async def _run(plugin_path: Path, settings: Settings, installation: Installation
     host.stop_hook = "on_disable"
     host.handle_signals()
     async with host:
+        if host.is_stopping:
+            return 0
         plugin = host.add(manifest)
         try:
             if not await host.unless_stopped(plugin.load()):

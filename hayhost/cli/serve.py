@@ -76,6 +76,8 @@ async def _serve(
         log.warning("no plugin to serve; `hayhost new NAME` makes one", folder=str(plugins_dir))
     host.handle_signals()
     async with host:
+        if host.is_stopping:
+            return
         for manifest in manifests:
             host.add(manifest, instrument=dev)
         if dry_run:
