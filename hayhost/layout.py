@@ -156,4 +156,5 @@ def _page(file: StaticFile, path: str) -> Own:
     async def handle(call: Call) -> Answer:
         return file.answer(call.headers.get("If-None-Match", ""))
 
-    return Own(_with_head({"GET": handle}), path, open=True, navigation=path == "/")
+    route = path if path == "/" else "/dashboard/{file}"
+    return Own(_with_head({"GET": handle}), route, open=True, navigation=path == "/")

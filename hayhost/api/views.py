@@ -274,6 +274,7 @@ class HostView(_View, frozen=True):
     plugins: dict[str, int]
     workers: dict[str, int]
     requests: int
+    errors: int
     in_flight: int
     waiting: int
     restarts: int

@@ -40,8 +40,9 @@ export function overview() {
     const totals = h("div", {class: "tiles"},
       tile("Plugins", number(all), plugins.error ? `${plugins.error} do not load` : plugins.loading ? `${plugins.loading} are loading` : "all loaded", "#/plugins"),
       tile("Workers", number(serving), `of ${number(host.maxWorkers)} at most`, "#/workers"),
-      tile("Degraded or down", number((workers.degraded || 0) + (workers.error || 0)), `${number(workers.error || 0)} down`, "#/workers?q=error"),
+      tile("In trouble", number((workers.degraded || 0) + (workers.error || 0)), `${number(workers.error || 0)} of them down`, "#/workers?q=error"),
       tile("Requests", number(host.requests), `${number(host.inFlight)} under way, ${number(host.waiting)} wait`),
+      tile("Failed", number(host.errors), "answered with 5xx"),
       tile("Restarts", number(host.restarts), "after a crash"));
     return page("Overview", {},
       card(problems.length ? "What is wrong now" : "Nothing is wrong", {flush: true, id: "wrong", actions: problems.length > 0 && h("span", {class: "count"}, number(problems.length))},
