@@ -95,11 +95,12 @@ class Visit:
         """Take its pictures, light and dark, on a desktop and on a phone; axe must find nothing that is serious, and a
         narrow screen nothing to scroll sideways to."""
         axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        self.page.mouse.move(0, 0)
         for scheme in ("light", "dark"):
             self.page.emulate_media(color_scheme=scheme)
             for size, viewport in (("desktop", DESKTOP), ("phone", PHONE)):
                 self.page.set_viewport_size(viewport)
-                self.page.screenshot(path=str(self.folder / f"{name}-{size}-{scheme}.png"))
+                self.page.screenshot(path=str(self.folder / f"{name}-{size}-{scheme}.png"), full_page=True)
                 found = axe.run(self.page).response["violations"]
                 bad = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in WORST]
                 assert not bad, (name, size, scheme, bad)

@@ -28,7 +28,7 @@ class Tools:
 
 @route("GET", "/hello/{{name}}")
 async def hello(req):
-    print("somebody said hello")
+    print("hello to <img src=x onerror=alert(1)>", req.params["name"])
     return {{"message": "{greeting} " + req.params["name"]}}
 
 @route("POST", "/crash")
@@ -84,7 +84,10 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
 
 def write_shop(folder: Path, provider: Provider, greeting: str = "Hello") -> Path:
     source = SHOP.format(
-        gate=folder / "gate", greeting=greeting, authorize=provider.url("/authorize"), token=provider.url("/token")
+        gate=folder / "plugins" / "gate",
+        greeting=greeting,
+        authorize=provider.url("/authorize"),
+        token=provider.url("/token"),
     )
     return write_plugin(folder / "plugins" / "shop", source, env=("SHOP_REGION",))
 
@@ -96,7 +99,6 @@ def host(tmp_path: Path, provider: Provider) -> Iterator[HostProcess]:
     options += [f"--egress-nameserver={provider.nameserver}"]
     environment = {"SSL_CERT_FILE": str(provider.ca), "SHOP_REGION": "north"}
     with hosting(tmp_path / "plugins", *options, env=environment, writable=True) as host:
-        (tmp_path).chmod(0o777)
         provider.redirect = f"http://127.0.0.1:{host.port}/api/v1/oauth/callback"
         yield host
 
@@ -109,7 +111,7 @@ def test_from_an_empty_host_to_a_plugin_that_is_healed_reloaded_and_rolled_back(
         install(visit)
         connect(visit, provider)
         use(visit)
-        crash_and_heal(visit, tmp_path / "gate")
+        crash_and_heal(visit, tmp_path / "plugins" / "gate")
         reload_and_roll_back(visit, provider, tmp_path)
         visit.click("Audit log", "link")
         visit.see("install.put")
@@ -189,6 +191,9 @@ def use(visit: Visit) -> None:
     visit.page.locator("#arg-1").fill("40")
     visit.click("Call", exact=True)
     visit.see("sum 42")
+    visit.see("the shop is open")
+    visit.see("hello to <img src=x onerror=alert(1)> Ada & <b>Co</b>/x")
+    assert visit.page.locator("main img, main b b").count() == 0
     visit.look("worker")
 
 
@@ -198,9 +203,10 @@ def crash_and_heal(visit: Visit, gate: Path) -> None:
     visit.page.get_by_label("Route", exact=True).select_option(label="POST /crash")
     visit.click("Send")
     visit.see("502")
-    visit.see("error")
+    visit.see("the worker died")
     visit.click("Overview", "link")
     visit.see("The worker is down")
+    visit.see("What is wrong now")
     visit.see("What to do")
     visit.look("overview-problem")
     gate.unlink()

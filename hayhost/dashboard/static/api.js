@@ -1,6 +1,7 @@
 // The management API: requests, errors, and streams of events, each with the token if there is one.
 
 const KEY = "hayhost-token";
+const UNSEEN = 10_000;
 let token = sessionStorage.getItem(KEY) || "";
 let refused = () => {};
 
@@ -74,14 +75,26 @@ export async function all(url, more = () => {}) {
   return items;
 }
 
-// Events as they happen: `event(kind, data)`, `state("open" | "closed")`. EventSource cannot send a token; this can.
-// The function that is returned ends it.
+// Events as they happen: `event(kind, data)`, `state("open" | "closed" | "missing")`. EventSource cannot send a token;
+// this can. The function that is returned ends it. A page that nobody sees gives its connection back after a while, as
+// a browser has only six for all pages of a host; `state("open")` tells that it has one again.
 export function listen(url, event, state = () => {}) {
-  const stop = new AbortController();
+  let ended = false;
+  let connection = new AbortController();
+  let seen = () => {};
+  let leaving = null;
+  const looked = () => {
+    clearTimeout(leaving);
+    if (document.hidden) leaving = setTimeout(() => connection.abort(), UNSEEN);
+    else seen();
+  };
+  document.addEventListener("visibilitychange", looked);
   (async () => {
-    for (let pause = 500; !stop.signal.aborted; pause = Math.min(pause * 2, 10_000)) {
+    let pause = 500;
+    while (!ended) {
+      connection = new AbortController();
       try {
-        const answer = await fetch("/api/v1" + url, {headers: headers(), signal: stop.signal, cache: "no-store"});
+        const answer = await fetch("/api/v1" + url, {headers: headers(), signal: connection.signal, cache: "no-store"});
         if (answer.status === 401) refused();
         if (answer.status === 404) return state("missing");
         if (!answer.ok) throw new Error(String(answer.status));
@@ -89,14 +102,24 @@ export function listen(url, event, state = () => {}) {
         pause = 250;
         await read(answer.body.getReader(), event);
       } catch {
-        // the host is away, or has ended the stream
+        // the host is away or has ended the stream, or this page has
       }
-      if (stop.signal.aborted) return;
-      state("closed");
-      await new Promise((done) => setTimeout(done, pause * (0.75 + Math.random() / 2)));
+      if (ended) return;
+      if (connection.signal.aborted && document.hidden) await new Promise((done) => (seen = done));
+      else {
+        state("closed");
+        await new Promise((done) => setTimeout(done, pause * (0.75 + Math.random() / 2)));
+        pause = Math.min(pause * 2, 10_000);
+      }
     }
   })();
-  return () => stop.abort();
+  return () => {
+    ended = true;
+    document.removeEventListener("visibilitychange", looked);
+    clearTimeout(leaving);
+    seen();
+    connection.abort();
+  };
 }
 
 async function read(reader, event) {

@@ -40,7 +40,7 @@ function view() {
   const here = location.hash.slice(1) || "/";
   const away = host.connection === "closed";
   return h("div", {class: "shell"},
-    h("header", {class: "side"},
+    h("header", {class: "side"}, h("div", {class: "side-inner"},
       h("a", {class: "brand", href: "#/"}, h("img", {src: "/dashboard/icon.svg", alt: ""}), "hayhost"),
       h("nav", {"aria-label": "Pages"}, h("ul", {}, links().map(([to, text, count]) =>
         h("li", {}, h("a", {href: "#" + to, "aria-current": (to === "/" ? here === "/" : here.startsWith(to)) ? "page" : null},
@@ -51,7 +51,7 @@ function view() {
         h("span", {class: "wide"}, host.open ? "No token needed on this machine" : host.org ? `Signed in for ${host.org}` : "Signed in as admin"),
         h("div", {class: "row"},
           h("button", {type: "button", class: "quiet", onclick: nextTheme, title: "Automatic, light or dark"}, `Colours: ${theme}`),
-          hasToken() && h("button", {type: "button", class: "quiet", onclick: leave}, "Sign out")))),
+          hasToken() && h("button", {type: "button", class: "quiet", onclick: leave}, "Sign out"))))),
     h("main", {id: "main", tabindex: -1},
       away && h("p", {class: "bar", role: "alert"}, "The host cannot be reached. What is shown is from before; it is connected again as soon as it is back."),
       page && page.view()));
@@ -164,13 +164,12 @@ async function start() {
   refresh();
   stop?.();
   stop = listen("/events", happened, (state) => {
-    if (state !== host.connection) {
-      const back = host.connection === "closed" && state === "open";
-      host.connection = state;
-      if (state === "closed") announce("The host cannot be reached");
-      if (back) announce("Connected again"), page?.event?.("lost", {});
-      refresh();
-    }
+    const before = host.connection;
+    host.connection = state;
+    if (state === "closed" && before !== "closed") announce("The host cannot be reached");
+    if (state === "open" && before === "closed") announce("Connected again");
+    if (state === "open" && before) page?.event?.("lost", {}); // what happened meanwhile, nobody told
+    refresh();
   });
 }
 

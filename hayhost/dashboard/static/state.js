@@ -1,7 +1,7 @@
 // What all pages know of the host, and how they ask to be drawn again.
 
 export const host = {
-  version: "", mode: "", store: false, open: false, org: null, workers: {}, plugins: {}, problems: [], connection: "open", failed: "", seen: false,
+  version: "", mode: "", store: false, open: false, org: null, workers: {}, plugins: {}, problems: [], connection: "", failed: "", seen: false,
 };
 
 let draw = () => {};

@@ -60,7 +60,7 @@ export function worker(plugin, org) {
       actions: host.store && [h("a", {class: "button", href: `#/orgs/${enc(org)}/${enc(plugin)}`}, "Settings"), button("Restart", restart, {redraw})],
     },
       h("div", {class: "columns"}, card("How it is", {id: "how"}, status()), card("Try a route", {id: "try"}, routes.view(meta?.routes || []))),
-      log.view(), card("Tools", {id: "tools"}, tools.view(it.value.plugin.capabilities.includes("mcp"))));
+      log.view(), card("Tools", {id: "tools", flush: tools.listed()}, tools.view(it.value.plugin.capabilities.includes("mcp"))));
   };
   return {
     title: `${plugin} of ${org}`, view, tick: it.load, close: log.close,
@@ -257,7 +257,7 @@ function toolsOf(base) {
     if (!has) return h("p", {class: "muted"}, "This plugin has no MCP tools.");
     if (!list) return h("div", {class: "row"}, button("List its tools", load, {redraw}), h("span", {class: "muted small"}, "This starts the worker if it does not run."));
     if (!list.length) return [h("p", {class: "muted"}, "It offers no tools to this organisation now."), h("div", {class: "row"}, button("List its tools", load, {redraw}))];
-    return h("ul", {class: "list"}, list.map((tool) => h("li", {key: `${tool.serverId} ${tool.name}`},
+    return h("ul", {class: "list"}, list.map((tool) => h("li", {class: "tool", key: `${tool.serverId} ${tool.name}`},
       h("div", {class: "form"},
         h("div", {class: "row"}, h("b", {class: "mono"}, String(tool.name)), tool.serverId && tag(String(tool.serverId))),
         tool.description && h("p", {class: "muted small"}, String(tool.description)),
@@ -268,5 +268,5 @@ function toolsOf(base) {
         redraw();
       }}, open === tool.name ? "Close" : "Call it…"))));
   };
-  return {view};
+  return {view, listed: () => list?.length > 0};
 }
