@@ -167,6 +167,7 @@ class Exchange(HTTPMessageDelegate):
     def _route_it(self) -> None:
         try:
             head = self._head = read_head(self._headers, forwarded=self._front.access.trusts(self.peer))
+            self._until_close = head.closes  # Tornado knows the word only where it stands alone
         except BadRequestError as error:
             self.refuse(RequestError(str(error), status=400), last=True)
             return
@@ -472,10 +473,14 @@ class Exchange(HTTPMessageDelegate):
 
     def _write_head(self, status: int, headers: HTTPHeaders, body: bytes) -> "asyncio.Future[None]":
         self._headed = True
+        if not self._request_ended:  # and what comes of it may still turn out not to be HTTP
+            self._connection.stream.answering = True  # type: ignore[attr-defined]  # of the host's own kind
         self.status = status
         headers["Date"] = self._front.date()
         headers["Server"] = "hayhost"
-        if self.version == "HTTP/1.0" and "Content-Length" not in headers and status not in _BODILESS:
+        if self._until_close:
+            headers["Connection"] = "close"
+        elif self.version == "HTTP/1.0" and "Content-Length" not in headers and status not in _BODILESS:
             self._until_close = True  # nothing else tells such a client where the body ends
             self._headers.pop("Connection", None)  # or Tornado promises that the connection stays
         self._front.answered(self)

@@ -108,6 +108,7 @@ class Front(HTTPServerConnectionDelegate):
 
     def start_request(self, server_conn: object, request_conn: Any) -> HTTPMessageDelegate:
         assert isinstance(request_conn, HTTP1Connection)
+        request_conn.stream.answering = False  # type: ignore[attr-defined]  # of the host's own kind
         self._idle[server_conn] = (self.loop.time() + _IDLE_CONNECTION, request_conn)
         return Exchange(self, request_conn, server_conn)
 
@@ -189,6 +190,15 @@ class Front(HTTPServerConnectionDelegate):
         if self._end_of_head[0] != date:
             self._end_of_head = (date, f"Date: {date}\r\nServer: hayhost\r\n\r\n".encode())
         return self._end_of_head[1]
+
+    def malformed(self) -> bytes:
+        """The last answer on a connection, to what is no HTTP."""
+        body = msgspec.json.encode({"error": "The request is not valid HTTP"})
+        head = (
+            f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            "Connection: close\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+        )
+        return head.encode() + self.end_of_head() + body
 
     async def _tick(self) -> None:
         while True:

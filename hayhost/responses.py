@@ -103,6 +103,8 @@ class RequestHead(NamedTuple):
     expects: bool
     plain: bool
     """Whether it says nothing about its connection: what HTTP/1.1 does without being asked is what it wants."""
+    closes: bool
+    """Whether the client wants the connection to end with the answer."""
     has_token: bool
     """Whether one of the host's is shown."""
     for_plugin: list[tuple[str, str]]
@@ -141,12 +143,14 @@ def read_head(headers: HTTPHeaders, *, forwarded: bool = False) -> RequestHead:
         kept.append((lower, value))
     if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked"):
         raise BadRequestError("A body is either of a Content-Length or in the transfer coding chunked, and no other")
+    closes = False
     if connection:
         dropped = {name.strip().lower() for name in ",".join(connection).split(",")}
+        closes = "close" in dropped
         kept = [pair for pair in kept if pair[0] not in dropped]
     if secret:
         kept = [pair for pair in kept if pair[0] != "authorization"]
-    return RequestHead(_length(lengths) if lengths else 0, hosts, expects, not connection, secret, kept)
+    return RequestHead(_length(lengths) if lengths else 0, hosts, expects, not connection, closes, secret, kept)
 
 
 def _length(given: list[str]) -> int:

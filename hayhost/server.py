@@ -11,6 +11,7 @@ from tornado.iostream import IOStream
 
 from .front import Front
 from .logs import get_logger
+from .stream import ClientStream
 
 __all__ = ["Server", "most_connections"]
 
@@ -32,7 +33,7 @@ def most_connections(max_workers: int) -> int:
 
 
 class Server(HTTPServer):
-    """Tornado's, with connections that send at once: an answer that is complete leaves in one write."""
+    """Tornado's, with connections of the host's own kind."""
 
     def initialize(self, front: Front, most: int) -> None:  # type: ignore[override]  # where Tornado's servers are made
         super().initialize(
@@ -52,9 +53,8 @@ class Server(HTTPServer):
             self._handlers[sock.fileno()] = _Acceptor(sock, self._handle_connection, self._has_room, self._said_no).stop
 
     def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
-        stream.set_nodelay(True)
-        stream.set_nodelay = _always  # type: ignore  # or it is switched twice for each answer
-        super().handle_stream(stream, address)
+        sizes = {"max_buffer_size": stream.max_buffer_size, "read_chunk_size": stream.read_chunk_size}
+        super().handle_stream(ClientStream(stream.socket, self._front.malformed, **sizes), address)
 
     def on_close(self, server_conn: object) -> None:
         super().on_close(server_conn)
@@ -70,10 +70,6 @@ class Server(HTTPServer):
         if now - self._said > _SAID_EVERY or not self._said:
             self._said = now
             get_logger().warning("connections have to wait", reason=reason, open=len(self._connections))
-
-
-def _always(_value: bool) -> None:
-    pass
 
 
 class _Acceptor:

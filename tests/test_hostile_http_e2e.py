@@ -243,7 +243,8 @@ CHUNKED = "Transfer-Encoding: chunked"
 def test_what_is_no_request_line_is_400_and_the_end(client: Callable[[], Client], line: bytes) -> None:
     one = client()
     one.send(line + b"\r\nHost: x\r\n\r\n")
-    assert one.answer().status == 400
+    answer = one.answer()
+    assert (answer.status, list(answer.json()), answer.headers["connection"]) == (400, ["error"], "close")
     assert one.rest() == b""
 
 
@@ -292,7 +293,7 @@ def test_what_is_no_header_or_no_length_is_400_and_the_end(
     one.send(b"POST " + path.encode() + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
     one.send(b"5\r\nhello\r\n0\r\n\r\n")
     answer = one.answer()
-    assert answer.status == 400
+    assert (answer.status, list(answer.json()), answer.headers["connection"]) == (400, ["error"], "close")
     assert one.rest() == b""  # nothing that follows is taken for a request, and nothing else is answered
 
 
@@ -352,6 +353,24 @@ def test_a_bad_chunk_ends_the_connection_and_reaches_no_handler(client: Callable
     assert rest.startswith(b"HTTP/1.1 400 ") or not rest
     assert rest.count(b"HTTP/1.1") <= 1
     assert b"size" not in rest
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/plugins/p/acme/nowhere", 404), (PID, 405)])
+def test_a_bad_chunk_after_the_answer_is_no_second_answer(client: Callable[[], Client], path: str, status: int) -> None:
+    one = client()
+    one.send(post(path, CHUNKED, body=b"5\r\nhello\r\n"))
+    assert one.answer().status == status
+    one.send(b"nonsense\r\n" + get("/healthz"))
+    assert one.rest() == b""
+
+
+@pytest.mark.parametrize("header", ["close, TE", "TE, close", "te,Close"])
+def test_a_connection_that_is_to_close_among_other_things_is_closed(client: Callable[[], Client], header: str) -> None:
+    one = client()
+    one.send(get(PID, f"Connection: {header}") + get("/healthz"))
+    answer = one.answer()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert one.rest() == b""
 
 
 @pytest.mark.parametrize("size", [100_000, 1_000_000])

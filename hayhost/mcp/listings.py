@@ -20,10 +20,13 @@ from sandbox import wire
 from .calls import Call, ServerError
 from .shape import EMPTY, KEYS, Items, shape
 
-__all__ = ["MODERN", "Listings", "Served", "Shelf"]
+__all__ = ["MODERN", "RETRY", "Listings", "Served", "Shelf"]
 
 MODERN: Final = "2026-07-28"
 """The revision without sessions, in which every request says what the client is."""
+
+RETRY: Final = 5
+"""Seconds after which what failed, or was not there, is looked for again."""
 
 _MODERN_META: Final = {
     "io.modelcontextprotocol/protocolVersion": MODERN,
@@ -35,7 +38,6 @@ _LIST_TIMEOUT: Final = 5.0  # for one list of one server
 _START_TIMEOUT: Final = 10.0  # for servers that still start when their worker is ready
 _PATIENCE: Final = 15.0  # for a first look, worker's start and all; what comes later is told to clients as a change
 _DEBOUNCE: Final = 0.1
-_AGAIN: Final = 5.0  # seconds after which what failed, or was not there, is looked for again
 _CAPABILITY: Final = {"tools/list": "tools", "prompts/list": "prompts"}
 
 
@@ -138,14 +140,14 @@ class Listings:
         """Have the lists there, if that does not take long; the org's worker is started only if they were never asked
         for, or are another version's."""
         now = self._pool.loop.time()
-        if not shelf.known and (shelf.refreshing is not None or now - shelf.looked > _AGAIN or not shelf.problem):
+        if not shelf.known and (shelf.refreshing is not None or now - shelf.looked > RETRY or not shelf.problem):
             refreshing = shelf.refreshing or self.refresh(shelf)
             await asyncio.wait({refreshing}, timeout=max(0.0, shelf.began + _PATIENCE - now))
 
     async def look_again(self, shelf: Shelf) -> None:
         """Ask a worker that is there anyway once more: something is missing that a client knows."""
         slot = self._pool.find(shelf.plugin, shelf.org_id)
-        if slot is None or slot.worker is None or self._pool.loop.time() - shelf.looked < _AGAIN:
+        if slot is None or slot.worker is None or self._pool.loop.time() - shelf.looked < RETRY:
             return
         for served in shelf.servers.values():
             served.changes = -1
@@ -213,6 +215,9 @@ class Listings:
             await _settled(shelf, worker)
         asked = [server for server in worker.mcp_servers if server.state == "running"]
         await asyncio.gather(*(self._read_server(shelf, worker, server) for server in asked))
+        if worker.exit.done():  # what it did not come to say is not known
+            shelf.problem, shelf.looked = f"The worker died: {worker.exit.result()}", self._pool.loop.time()
+            return
         there = {server.id for server in worker.mcp_servers if server.state != "failed"}
         for id in shelf.servers.keys() - there:
             gone = shelf.servers.pop(id)

@@ -21,7 +21,7 @@ from hayhost.settings import Settings
 from .access import Audit, ToolCall, ToolPolicy
 from .calls import ServerError
 from .clients import Caller, Session, is_modern
-from .listings import Listings, Served, Shelf
+from .listings import RETRY, Listings, Served, Shelf
 from .requests import NOT_AVAILABLE, TIMED_OUT, Requests, refusal
 from .shape import KEYS
 from .view import Entry, View
@@ -123,10 +123,11 @@ class Methods:
         began = asyncio.get_running_loop().time()
         entry, outcome = view.tools.get(name), "denied"
         if entry is None:  # perhaps it is new
-            entry = (await self._look(True)).tools.get(name)
+            view = await self._look(True)
+            entry = view.tools.get(name)
         try:
             if entry is None:
-                raise MCPError(types.INVALID_PARAMS, f"Unknown tool: {name[:200]}")
+                raise _unknown(view, MCPError(types.INVALID_PARAMS, f"Unknown tool: {name[:200]}"))
             outcome = "error"
             result = await self._put(ctx, entry.shelf, entry.served, {**(ctx.params or {}), "name": entry.name}, entry)
             outcome = "tool error" if result.get("isError") is True else "ok"
@@ -153,7 +154,7 @@ class Methods:
     async def _get_prompt(self, ctx: Context, view: View) -> dict[str, Any]:
         name = str((ctx.params or {}).get("name"))
         if (entry := view.prompts.get(name)) is None:
-            raise MCPError(types.INVALID_PARAMS, f"Unknown prompt: {name[:200]}")
+            raise _unknown(view, MCPError(types.INVALID_PARAMS, f"Unknown prompt: {name[:200]}"))
         return await self._put(ctx, entry.shelf, entry.served, {**(ctx.params or {}), "name": entry.name})
 
     async def _read_resource(self, ctx: Context, view: View) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class Methods:
     def _owner(self, ctx: Context, view: View, uri: str) -> tuple[Shelf, Served]:
         if (owner := view.resource(uri)) is None:
             code = types.INVALID_PARAMS if is_modern(ctx) else -32002  # 2025-11-25, Resources, Error Handling
-            raise MCPError(code, "Resource not found", {"uri": uri[:2_000]})
+            raise _unknown(view, MCPError(code, "Resource not found", {"uri": uri[:2_000]}))
         return owner
 
     async def _complete(self, ctx: Context, view: View) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class Methods:
         ref = dict(params["ref"])
         if ref.get("type") == "ref/prompt":
             if (entry := view.prompts.get(str(ref.get("name")))) is None:
-                raise MCPError(types.INVALID_PARAMS, "Unknown prompt")
+                raise _unknown(view, MCPError(types.INVALID_PARAMS, "Unknown prompt"))
             shelf, served = entry.shelf, entry.served
             ref["name"] = entry.name
         else:
@@ -278,3 +279,8 @@ class Methods:
 def _request(ctx: Context) -> Request:
     assert isinstance(ctx.request, Request)  # the transport is HTTP
     return ctx.request
+
+
+def _unknown(view: View, error: MCPError) -> Exception:
+    """``error``, which says that there is no such thing, unless nobody can say that now."""
+    return ServerError(NOT_AVAILABLE, view.problem, {"retryAfter": RETRY}) if view.problem else error

@@ -33,6 +33,7 @@ class View:
 
     def __init__(self, shelves: Sequence[Shelf], lists: ToolLists, revision: str, *, with_plugin: bool) -> None:
         self.revision = revision
+        self._shelves = shelves
         self._servers = [(shelf, served) for shelf in shelves for served in shelf.servers.values()]
         self.tools = self._named("tools/list", lists, with_plugin)
         self.prompts = self._named("prompts/list", None, with_plugin)
@@ -63,6 +64,11 @@ class View:
             shelf, served, item = entries[origin]
             named[name] = Entry(shelf, served, origin.name, _marked(item, name, origin))
         return named
+
+    @property
+    def problem(self) -> str:
+        """Why there may be more than these; empty if all that there is is known."""
+        return next((shelf.problem for shelf in self._shelves if not shelf.known and shelf.problem), "")
 
     @property
     def capabilities(self) -> frozenset[str]:
