@@ -115,8 +115,7 @@ class Clients:
         ]
 
     async def __aenter__(self) -> "Clients":
-        timeout = aiohttp.ClientTimeout(total=None)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        self._session = _session()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -137,6 +136,11 @@ class Clients:
         for problem in await asyncio.gather(*tasks, return_exceptions=True):
             if problem is not None:
                 self.violations.add(f"a client failed: {problem!r}")
+
+    async def leave(self) -> None:
+        """Close all connections that are kept for later requests."""
+        await self._session.close()
+        self._session = _session()
 
     async def _run(self, number: int) -> None:
         chance = random.Random(f"{self._seed}/{number}")
@@ -374,6 +378,10 @@ class Clients:
                 f"acknowledged {tenant.acknowledged}, possible {sorted(tenant.possible)}"
             )
         return True
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0))
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:
