@@ -276,6 +276,7 @@ class Worker:
         self._channel.close()
         if self._broker is not None:
             self._broker.close()
+            self._broker = None  # who starts it all the same has nothing to give to the broker
         if self._process:
             self._process.kill()
             self._process.close()

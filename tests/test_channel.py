@@ -426,6 +426,8 @@ class Forker:
     def fork(
         self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
     ) -> tuple[socket.socket, Descriptors]:
+        if broker >= 0:
+            os.close(broker)
         ours, theirs = socket_pair()
         self.peers.append(Peer(theirs))
         try:
@@ -650,6 +652,23 @@ async def test_a_failed_fork_is_told_with_its_reason() -> None:
         assert await one.cut_off() == "cannot fork a worker: no processes left"
         with pytest.raises(StartFailedError, match="no processes left"):
             await one.worker.hello
+
+
+@in_loop
+async def test_a_worker_that_ended_before_its_start_gives_nothing_to_the_broker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = SimpleNamespace(plan=SimpleNamespace(layers=frozenset({"seccomp"})), subprocess=())
+    monkeypatch.setattr(Forker, "spec", spec)
+    monkeypatch.setattr(FakeVersion.manifest, "permissions", SimpleNamespace(network=True), raising=False)
+    monkeypatch.setattr(FakeVersion.manifest, "name", "test", raising=False)
+    async with rig(ready=False) as one:
+        one.peer.sock.close()
+        await one.cut_off()
+        one.worker.start(Installation("acme", "Acme"), serve=True, hook_timeout=1)
+        with pytest.raises(StartFailedError):
+            await one.worker.ready(10)
+        assert one.worker._isolation.egress._waiting == []
 
 
 @pytest.mark.parametrize("said", [b"\xff" * 8, frames(wire.Hello(7, [])), frames(wire.Ready("", [])), b""])
