@@ -95,7 +95,7 @@ def read_metadata(encoded: bytes, manifest: Manifest) -> Metadata:
     """Decode what a zygote sent. Raises ``PluginLoadError`` if it is not metadata that ``manifest`` allows."""
     try:
         metadata = _decoder.decode(encoded)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PluginLoadError(f"the plugin's metadata is malformed: {error}") from None
     for name, field in metadata.config_schema.items():
         if field.env is not UNSET and field.env not in manifest.env:

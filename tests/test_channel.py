@@ -692,6 +692,7 @@ async def test_what_nobody_asked_for_changes_nothing() -> None:
             wire.McpServers([wire.McpServer("a", "local")]),
             wire.Log("error", "\x1b[31m\nforged", b"\xff not json", "x" * 4096, 2**62),
             wire.Log("info", "deep", b"[" * 20_000, "", 0),
+            wire.Log("info", "no UTF-8", b'{"a": "\xff"}', "", 0),
             head(id, end=True),
         )
         await until(lambda: asker.ends)

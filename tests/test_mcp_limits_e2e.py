@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import HostProcess, Serve, wait_until, write_plugin
-from .hosting import hosting, logged
+from .hosting import PLUGIN, PREAMBLE, hosting, logged
 from .mcping import Session, Stream, ask, call, stateless_request, tools
 from .test_mcp_endpoint_e2e import at, called, write_tools
 
@@ -215,3 +215,14 @@ def test_the_host_answers_while_the_first_request_is_prepared(folder: Path) -> N
         over.set()
         thread.join()
         assert slowest < max(0.25, took / 2), (slowest, took)
+
+
+def test_a_tool_of_a_worker_that_does_not_start_is_unavailable_and_not_unknown(tmp_path: Path) -> None:
+    source = PREAMBLE + PLUGIN + "\n    def on_start(self, ctx):\n        os._exit(7)\n"
+    write_plugin(tmp_path / "broken", source)
+    with hosting(tmp_path, "--no-reload") as host:
+        for _ in range(2):  # a second look comes too soon to be a new one
+            error = call(host, "/plugins/broken/acme/mcp", "whoami")["error"]
+            assert error["code"] == -32000
+            assert "died before it was ready" in error["message"]
+            assert error["data"]["retryAfter"] >= 1

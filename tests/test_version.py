@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from hayhost.errors import PluginLoadError
 from hayhost.manifest import Manifest, Permissions
 from hayhost.metadata import read_metadata
 from hayhost.processes import Zygote
@@ -134,3 +135,11 @@ def test_the_spec_has_what_a_zygote_needs_and_no_more() -> None:
         True,
     )
     assert not spec_of(MANIFEST, UNCONFINED, hook_timeout=3, instrument=False).instrument
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"\xff", b'{"configSchema": {"\xff": {"type": "string"}}}', b"[" * 100_000, b'{"x": 1}']
+)
+def test_metadata_that_is_none_is_a_plugin_that_does_not_load(said: bytes) -> None:
+    with pytest.raises(PluginLoadError, match="metadata is malformed"):
+        read_metadata(said, cast(Any, None))

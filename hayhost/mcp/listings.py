@@ -60,7 +60,7 @@ class Served:
         """Take in what it says of itself; what is malformed counts as not said."""
         try:
             said = msgspec.json.decode(info) if info else {}
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             said = {}
         said = said if isinstance(said, dict) else {}
         capabilities, versions = said.get("capabilities"), said.get("protocolVersions")
@@ -182,7 +182,7 @@ class Listings:
             return
         try:
             message = msgspec.json.decode(notice.notification)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return
         if isinstance(message, dict):
             self._noticed(shelf, message)

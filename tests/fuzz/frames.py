@@ -26,7 +26,7 @@ __all__ = ["Frames", "decode", "quiet_loop", "workers", "zygotes"]
 
 _EDGES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 77, 127, 128, 255, 256, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63),
-    0.0, float("nan"), float("inf"), "", "x", "\x1b[31m\n", "x" * 5000, b"", b"{}", b"\xff", b"x" * 20_000, [], {}, [[]],
+    0.0, float("nan"), float("inf"), "", "x", "\x1b[31m\n", "x" * 5000, b"", b"{}", b"\xff", b'{"a": "\xff"}', b"x" * 20_000, [], {}, [[]],
 )  # fmt: skip
 
 
