@@ -22,7 +22,10 @@ from sandbox.confinement import UNCONFINED
 from tests.test_channel import HELLO, Peer, Rig, StandIn, turns
 from tests.test_wire import UNIONS
 
-__all__ = ["Frames", "decode", "quiet_loop", "workers", "zygotes"]
+__all__ = ["Frames", "Run", "decode", "quiet_loop", "workers", "zygotes"]
+
+Run = Callable[[int, int], int]
+"""Sends so many frames from a seed; how many of something there were."""
 
 _EDGES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 77, 127, 128, 255, 256, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63),

@@ -45,7 +45,9 @@ async def pieces(req):
 
 _LIMIT: Final = 20.0
 _REQUEST: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-_FIELD: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)[ \t]*")
+_FIELD: Final = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)[ \t]*"
+)
 _PATH: Final = re.compile(r"/plugins/p/([A-Za-z0-9][A-Za-z0-9_.-]*)/(?:mirror|pieces)/([^/?]+)(?:\?.*)?")
 
 
@@ -161,8 +163,20 @@ def _one(chance: random.Random) -> bytes:
     if chance.random() < 0.15:
         target = "/plugins/p/acme/pieces/{}"
     line = _LINES[0] if chance.random() < 0.85 else chance.choice(_LINES)
-    method = chance.choice(["GET", "POST", "POST", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT", "X", "get"])
-    content = chance.choice([b"", b"x", b"hello", _SMUGGLED, b"0\r\n\r\n" + _SMUGGLED, chance.randbytes(chance.randrange(300)), b"y" * 70_000])
+    method = chance.choice(
+        ["GET", "POST", "POST", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT", "X", "get"]
+    )
+    content = chance.choice(
+        [
+            b"",
+            b"x",
+            b"hello",
+            _SMUGGLED,
+            b"0\r\n\r\n" + _SMUGGLED,
+            chance.randbytes(chance.randrange(300)),
+            b"y" * 70_000,
+        ]
+    )
     form = chance.random()
     headers = ["Host: x"] if chance.random() < 0.97 else []
     body = content
@@ -180,7 +194,11 @@ def _one(chance: random.Random) -> bytes:
     data = head.encode("latin-1") + body
     if chance.random() < 0.08:
         at = chance.randrange(len(data))
-        data = data[:at] + chance.choice([b"", b"\r", b"\n", b"\x00", b" ", b"\r\n", chance.randbytes(1)]) + data[at + chance.randrange(2) :]
+        data = (
+            data[:at]
+            + chance.choice([b"", b"\r", b"\n", b"\x00", b" ", b"\r\n", chance.randbytes(1)])
+            + data[at + chance.randrange(2) :]
+        )
     return data
 
 
@@ -198,7 +216,11 @@ def _chunked(content: bytes, chance: random.Random) -> bytes:
             size + b";x", size + b" ", b" " + size, b"+" + size, b"0x" + size, b"-" + size, b"0" * 50 + size, b"f" * 17, b"\xb2", b"", size + b"\n", b"0", size + b";x=\"\r\n\"",
         ])  # fmt: skip
         end = b"\r\n" if chance.random() < 0.8 else chance.choice([b"\n", b"\r", b"", b"\r\r\n"])
-        pieces[at] = size + end + (rest if chance.random() < 0.8 else chance.choice([b"\r\n", b"X: y\r\n\r\n", rest[:-2], rest + b"x"]))
+        pieces[at] = (
+            size
+            + end
+            + (rest if chance.random() < 0.8 else chance.choice([b"\r\n", b"X: y\r\n\r\n", rest[:-2], rest + b"x"]))
+        )
     return b"".join(pieces)
 
 

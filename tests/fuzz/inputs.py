@@ -74,7 +74,11 @@ def _damaged(good: Any, chance: random.Random) -> bytes:
     match chance.randrange(12):
         case 0:
             at = chance.randrange(len(data))
-            data = data[:at] + chance.choice([b"", b"\x00", b"\xff", b"\\ud800", b"NaN", b"1e999", b"[" * 3000]) + data[at + 1 :]
+            data = (
+                data[:at]
+                + chance.choice([b"", b"\x00", b"\xff", b"\\ud800", b"NaN", b"1e999", b"[" * 3000])
+                + data[at + 1 :]
+            )
         case 1:
             data = data[: chance.randrange(len(data))]
     return data

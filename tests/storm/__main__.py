@@ -18,9 +18,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5, help="faults a second")
     parser.add_argument("--store", choices=["sqlite", "postgresql"], default="sqlite")
     given = parser.parse_args()
-    plan = Plan(
-        given.seed, given.minutes * 60, given.orgs, given.plugins, given.clients, given.rate, given.store
-    )
+    plan = Plan(given.seed, given.minutes * 60, given.orgs, given.plugins, given.clients, given.rate, given.store)
     print(f"seed {plan.seed}", flush=True)
     report = storm(plan, lambda line: print(line, flush=True))
     print(f"answers: {report.statuses}\nfaults: {report.faults}")

@@ -189,7 +189,9 @@ class Clients:
         if got.status == 503 and not got.headers.get("Retry-After", "").isdigit():
             self.violations.add(f"503 without Retry-After: {what}")
 
-    async def raw(self, tenant: Tenant, method: str, path: str, *, data: Any, headers: dict[str, str] | None) -> Got | None:
+    async def raw(
+        self, tenant: Tenant, method: str, path: str, *, data: Any, headers: dict[str, str] | None
+    ) -> Got | None:
         """Whatever is answered. ``None``, which is a violation, if nothing is."""
         url = f"http://127.0.0.1:{self.port}{path}"
         sent = {"X-Canary": tenant.canary, **(headers or {})}
@@ -264,9 +266,7 @@ class Clients:
 
     async def _echo(self, tenant: Tenant, chance: random.Random) -> None:
         body = self._body(tenant, chance)
-        got = await self.ask(
-            tenant, "POST", f"{tenant.base}/echo", data=_pieces(body), allowed=FAILURES | {408}
-        )
+        got = await self.ask(tenant, "POST", f"{tenant.base}/echo", data=_pieces(body), allowed=FAILURES | {408})
         if got and got.body != body:
             self.violations.add(f"an echo of {len(body)} bytes has {len(got.body)} others: {tenant.base}")
 

@@ -89,5 +89,7 @@ def kinds(host: int) -> list[str]:
 
 def sample(host: int, below: int) -> Sample:
     """Of the host, which has ``below`` processes below it."""
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{host}/status").read_text().splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{host}/status").read_text().splitlines() if ":\t" in line
+    )
     return Sample(int(status["VmRSS"].split()[0]), len(kinds(host)), int(status["Threads"]), below)

@@ -246,7 +246,9 @@ class _Storm:
         if len(thirds) < 3:
             return
         _, second, third = thirds
-        for name, was, now, more in zip(Sample._fields, second, third, (_MORE_MEMORY, _MORE, _MORE, _MORE), strict=True):
+        for name, was, now, more in zip(
+            Sample._fields, second, third, (_MORE_MEMORY, _MORE, _MORE, _MORE), strict=True
+        ):
             if now > 1.25 * was + more:
                 self.violations.add(f"{name} goes on growing: {was:.0f}, then {now:.0f}")
 
