@@ -1,4 +1,4 @@
-"""A short part of ``python -m tests.fuzz``, of another seed each time; what fails tells it. HAYHOST_TEST_SEED sets it."""
+"""A short part of ``python -m tests.fuzz``, of another seed each time: HAYHOST_TEST_SEED is one's own."""
 
 import os
 import random

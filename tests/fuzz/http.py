@@ -129,31 +129,110 @@ def make(chance: random.Random) -> bytes:
 
 
 _TARGETS: Final = [
-    "/plugins/p/acme/mirror/{}", "/plugins/p/acme/mirror/{}?x=/plugins/p/victim/mirror/1",
-    "/plugins/p/acme/../victim/mirror/{}", "/plugins/p/acme/..%2fvictim%2fmirror/{}", "/plugins/p/acme%2f..%2fvictim/mirror/{}",
-    "/plugins/p/acme/%2e%2e/victim/mirror/{}", "/plugins/p/acme/mirror/%2e%2e%2f%2e%2e%2fvictim%2fmirror%2f{}",
-    "//plugins/p/victim/mirror/{}", "/plugins/p//victim/mirror/{}", "/plugins/p/acme\\..\\victim\\mirror\\{}", "/plugins/p/%76ictim/mirror/{}",
-    "http://127.0.0.1/plugins/p/victim/mirror/{}", "http://victim/plugins/p/acme/mirror/{}", "/plugins/p/acme/mirror/{};/../../victim",
-    "/plugins/p/acme/mirror/{}#/plugins/p/victim", "/plugins/p/vic\xadtim/mirror/{}", "/plugins/p/acme;victim/mirror/{}", "*", "victim:80",
-    "/healthz", "/plugins/p/acme/health", "/plugins/p/acme/nowhere/{}", "/api/v1/orgs", "/plugins/p/\xc0\xaf/mirror/{}", "/plugins/p/acme/%c0%af../victim",
-]  # fmt: skip
+    "/plugins/p/acme/mirror/{}",
+    "/plugins/p/acme/mirror/{}?x=/plugins/p/victim/mirror/1",
+    "/plugins/p/acme/../victim/mirror/{}",
+    "/plugins/p/acme/..%2fvictim%2fmirror/{}",
+    "/plugins/p/acme%2f..%2fvictim/mirror/{}",
+    "/plugins/p/acme/%2e%2e/victim/mirror/{}",
+    "/plugins/p/acme/mirror/%2e%2e%2f%2e%2e%2fvictim%2fmirror%2f{}",
+    "//plugins/p/victim/mirror/{}",
+    "/plugins/p//victim/mirror/{}",
+    "/plugins/p/acme\\..\\victim\\mirror\\{}",
+    "/plugins/p/%76ictim/mirror/{}",
+    "http://127.0.0.1/plugins/p/victim/mirror/{}",
+    "http://victim/plugins/p/acme/mirror/{}",
+    "/plugins/p/acme/mirror/{};/../../victim",
+    "/plugins/p/acme/mirror/{}#/plugins/p/victim",
+    "/plugins/p/vic\xadtim/mirror/{}",
+    "/plugins/p/acme;victim/mirror/{}",
+    "*",
+    "victim:80",
+    "/healthz",
+    "/plugins/p/acme/health",
+    "/plugins/p/acme/nowhere/{}",
+    "/api/v1/orgs",
+    "/plugins/p/\xc0\xaf/mirror/{}",
+    "/plugins/p/acme/%c0%af../victim",
+]
 _LINES: Final = [
-    "{method} {target} HTTP/1.1", "{method}  {target} HTTP/1.1", "{method}\t{target}\tHTTP/1.1", " {method} {target} HTTP/1.1", "{method} {target}",
-    "{method} {target} HTTP/1.0", "{method} {target} HTTP/2.0", "{method} {target} HTTP/1.1 ", "{method} {target} http/1.1", "{method} {target} HTTP/1.10",
-    "{method} {target} HTTP/1.1\r", "\r\n{method} {target} HTTP/1.1", "{method} {target} HTTP/1.1\x00", "{method}\x0b{target} HTTP/1.1",
-]  # fmt: skip
+    "{method} {target} HTTP/1.1",
+    "{method}  {target} HTTP/1.1",
+    "{method}\t{target}\tHTTP/1.1",
+    " {method} {target} HTTP/1.1",
+    "{method} {target}",
+    "{method} {target} HTTP/1.0",
+    "{method} {target} HTTP/2.0",
+    "{method} {target} HTTP/1.1 ",
+    "{method} {target} http/1.1",
+    "{method} {target} HTTP/1.10",
+    "{method} {target} HTTP/1.1\r",
+    "\r\n{method} {target} HTTP/1.1",
+    "{method} {target} HTTP/1.1\x00",
+    "{method}\x0b{target} HTTP/1.1",
+]
 _HEADERS: Final = [
-    "X-Plain: y", "X-Plain: a\r\nX-Plain: b", "Connection: close", "Connection: keep-alive", "Connection: close, x", "Connection: content-length", "X: a\r\n folded",
-    "X : y", "X\t: y", ": y", "no colon", "X: a\x00b", "X: a\x01", "X: a\rb", "X: \xff", "X\xff: y", "Host: y", "Expect: 100-continue", "Expect: y",
-    "Content-Length: 0", "Content-Length: {size}", "Content-Length: {size}", "Content-Length: +{size}", "Content-Length: -1", "Content-Length: 0{size}",
-    "Content-Length: {size}, {size}", "Content-Length: {size},0", "Content-Length: {size} ", "Content-Length : {size}", "Content-Length:\t{size}", "Content-Length: 0x1",
-    "Content-Length: {size}\r\nContent-Length: 0", "content-length: {size}", "Content_Length: {size}", "Content-Length: \xb2", "Content-Length: 9999999999999999999999",
-    "Transfer-Encoding: chunked", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked", "Transfer-Encoding: Chunked", "Transfer-Encoding:\tchunked",
-    "Transfer-Encoding: chunked ", "Transfer-Encoding: chunked, chunked", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked, identity",
-    "Transfer-Encoding: identity", "Transfer-Encoding: \x0bchunked", "Transfer-Encoding : chunked", "Transfer-Encoding:\r\n chunked", "Transfer_Encoding: chunked",
-    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Transfer-Encoding: xchunked", "TE: trailers", "Trailer: X", "Upgrade: h2c", "Upgrade: websocket",
-    "X-Forwarded-Host: victim", "X-Original-URL: /plugins/p/victim/mirror/1", "X-HTTP-Method-Override: DELETE", "Authorization: Bearer hay_0123456789abcdef_x",
-]  # fmt: skip
+    "X-Plain: y",
+    "X-Plain: a\r\nX-Plain: b",
+    "Connection: close",
+    "Connection: keep-alive",
+    "Connection: close, x",
+    "Connection: content-length",
+    "X: a\r\n folded",
+    "X : y",
+    "X\t: y",
+    ": y",
+    "no colon",
+    "X: a\x00b",
+    "X: a\x01",
+    "X: a\rb",
+    "X: \xff",
+    "X\xff: y",
+    "Host: y",
+    "Expect: 100-continue",
+    "Expect: y",
+    "Content-Length: 0",
+    "Content-Length: {size}",
+    "Content-Length: {size}",
+    "Content-Length: +{size}",
+    "Content-Length: -1",
+    "Content-Length: 0{size}",
+    "Content-Length: {size}, {size}",
+    "Content-Length: {size},0",
+    "Content-Length: {size} ",
+    "Content-Length : {size}",
+    "Content-Length:\t{size}",
+    "Content-Length: 0x1",
+    "Content-Length: {size}\r\nContent-Length: 0",
+    "content-length: {size}",
+    "Content_Length: {size}",
+    "Content-Length: \xb2",
+    "Content-Length: 9999999999999999999999",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: Chunked",
+    "Transfer-Encoding:\tchunked",
+    "Transfer-Encoding: chunked ",
+    "Transfer-Encoding: chunked, chunked",
+    "Transfer-Encoding: gzip, chunked",
+    "Transfer-Encoding: chunked, identity",
+    "Transfer-Encoding: identity",
+    "Transfer-Encoding: \x0bchunked",
+    "Transfer-Encoding : chunked",
+    "Transfer-Encoding:\r\n chunked",
+    "Transfer_Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+    "Transfer-Encoding: xchunked",
+    "TE: trailers",
+    "Trailer: X",
+    "Upgrade: h2c",
+    "Upgrade: websocket",
+    "X-Forwarded-Host: victim",
+    "X-Original-URL: /plugins/p/victim/mirror/1",
+    "X-HTTP-Method-Override: DELETE",
+    "Authorization: Bearer hay_0123456789abcdef_x",
+]
 _SMUGGLED: Final = b"GET /plugins/p/victim/mirror/1 HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -212,9 +291,23 @@ def _chunked(content: bytes, chance: random.Random) -> bytes:
     if chance.random() < 0.25:
         at = chance.randrange(len(pieces))
         size, _, rest = pieces[at].partition(b"\r\n")
-        size = chance.choice([
-            size + b";x", size + b" ", b" " + size, b"+" + size, b"0x" + size, b"-" + size, b"0" * 50 + size, b"f" * 17, b"\xb2", b"", size + b"\n", b"0", size + b";x=\"\r\n\"",
-        ])  # fmt: skip
+        size = chance.choice(
+            [
+                size + b";x",
+                size + b" ",
+                b" " + size,
+                b"+" + size,
+                b"0x" + size,
+                b"-" + size,
+                b"0" * 50 + size,
+                b"f" * 17,
+                b"\xb2",
+                b"",
+                size + b"\n",
+                b"0",
+                size + b';x="\r\n"',
+            ]
+        )
         end = b"\r\n" if chance.random() < 0.8 else chance.choice([b"\n", b"\r", b"", b"\r\r\n"])
         pieces[at] = (
             size
@@ -266,7 +359,8 @@ class Client:
                 return None
             head = self._until(b"\r\n\r\n").decode("latin-1")
             line, *fields = head.split("\r\n")
-            assert (found := re.fullmatch(r"HTTP/1\.1 (\d{3}) .+", line)), line
+            found = re.fullmatch(r"HTTP/1\.1 (\d{3}) .+", line)
+            assert found, line
             headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
             if (status := int(found[1])) == 100:
                 continue

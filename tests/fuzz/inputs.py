@@ -21,22 +21,87 @@ __all__ = ["manifests", "metadata", "settings"]
 _LIMIT: Final = 2.0
 """Seconds of the processor that one document may cost: far more than any does, far less than harm."""
 _VALUES: Final[tuple[Any, ...]] = (
-    None, True, False, 0, 1, -1, 2**31, 2**53, 2**63, 2**64, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, "", "x", " ", "\0", "a/b", "../..", "ö", "\U0001f600",
-    "x" * 5000, "\u202e", "\x1b[31m", "{}", "/x", "/{id}", "/{", "/{a}/{a}", "//", "STRIPE_API_KEY", "LD_PRELOAD", [], {}, [None], [[[[]]]], {"": ""}, {"a": {"b": []}},
-    ["x"] * 50, "string", "number", "json", "oauth2", "apiKey", "GET", "get", "__proto__", "********",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**31,
+    2**53,
+    2**63,
+    2**64,
+    -(2**63) - 1,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    " ",
+    "\0",
+    "a/b",
+    "../..",
+    "ö",
+    "\U0001f600",
+    "x" * 5000,
+    "\u202e",
+    "\x1b[31m",
+    "{}",
+    "/x",
+    "/{id}",
+    "/{",
+    "/{a}/{a}",
+    "//",
+    "STRIPE_API_KEY",
+    "LD_PRELOAD",
+    [],
+    {},
+    [None],
+    [[[[]]]],
+    {"": ""},
+    {"a": {"b": []}},
+    ["x"] * 50,
+    "string",
+    "number",
+    "json",
+    "oauth2",
+    "apiKey",
+    "GET",
+    "get",
+    "__proto__",
+    "********",
+)
 _GOOD_METADATA: Final = {
-    "configSchema": {"apiKey": {"type": "string", "label": "Key", "env": "KEY", "sensitive": True, "default": "x"}, "n": {"type": "number"}},
+    "configSchema": {
+        "apiKey": {"type": "string", "label": "Key", "env": "KEY", "sensitive": True, "default": "x"},
+        "n": {"type": "number"},
+    },
     "authMethods": [{"type": "apiKey", "id": "k", "label": "K", "configField": "apiKey"}],
     "uiExtensions": [{"slot": "after-settings", "component": "x.vue"}],
     "pages": [{"id": "p", "title": "P", "component": "x.vue", "slot": "standalone", "requiresSetup": False}],
     "routes": [{"method": "GET", "path": "/items/{id}"}, {"method": "POST", "path": "/items"}],
-}  # fmt: skip
+}
 _GOOD_MANIFEST: Final = {
-    "name": "p", "version": "1.0",
-    "hay-plugin": {"entry": "./plugin.py", "displayName": "P", "category": "tool", "capabilities": ["routes"], "env": ["KEY"], "sharing": "fork",
-                   "permissions": {"network": ["api.stripe.com:443"], "subprocess": ["node"], "memory": "256MiB", "cpu_seconds": 5, "processes": 2, "files": 9}},
-}  # fmt: skip
+    "name": "p",
+    "version": "1.0",
+    "hay-plugin": {
+        "entry": "./plugin.py",
+        "displayName": "P",
+        "category": "tool",
+        "capabilities": ["routes"],
+        "env": ["KEY"],
+        "sharing": "fork",
+        "permissions": {
+            "network": ["api.stripe.com:443"],
+            "subprocess": ["node"],
+            "memory": "256MiB",
+            "cpu_seconds": 5,
+            "processes": 2,
+            "files": 9,
+        },
+    },
+}
 
 
 def _changed(value: Any, chance: random.Random) -> Any:
@@ -97,14 +162,16 @@ def metadata(count: int, seed: int) -> int:
         try:
             read = read_metadata(data, manifest)
         except PluginLoadError as error:
-            assert str(error)
+            refused = str(error)
         else:
+            refused = "not"
             believed += 1
             shown = msgspec.to_builtins(read)
             assert msgspec.json.decode(msgspec.json.encode(shown)) == shown, data
             routes = RouteTable((route.method, route.path) for route in read.routes)
             for path in ("/items/1", "/", "//", "/x" * 100, *(route.path for route in read.routes)):
                 assert isinstance(routes.match("GET", path), Match | frozenset)
+        assert refused, data[:1000]
         assert time.process_time() - began < _LIMIT, data[:1000]
     return believed
 
@@ -116,12 +183,14 @@ def manifests(count: int, seed: int, folder: Path) -> int:
     for _ in range(count):
         (folder / "package.json").write_bytes(data := _damaged(_GOOD_MANIFEST, chance))
         began = time.process_time()
+        problems = ["not refused"]
         try:
             read_manifest(folder)
             good += 1
         except ManifestError as error:
-            assert error.problems
-            assert all(problem.isprintable() and len(problem) < 1000 for problem in error.problems), data
+            problems = error.problems
+        assert problems, data[:1000]
+        assert all(problem.isprintable() and len(problem) < 1000 for problem in problems), data[:1000]
         assert time.process_time() - began < _LIMIT, data[:1000]
     return good
 

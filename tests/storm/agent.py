@@ -138,7 +138,7 @@ class Agent:
     async def _starve(self, fault: Fault, noun: str) -> None:
         """Give a worker next to no time of the processor, or everybody less of it."""
         if noun == "all":
-            spin = "import time; end = time.monotonic() + float(__import__('sys').argv[1])\nwhile time.monotonic() < end: pass"
+            spin = "import sys, time\nend = time.monotonic() + float(sys.argv[1])\nwhile time.monotonic() < end: pass"
             count = os.cpu_count() or 1
             spinning = [
                 await asyncio.create_subprocess_exec(sys.executable, "-ISc", spin, str(fault.seconds / 2))

@@ -39,7 +39,7 @@ def _stat(pid: int) -> tuple[str, str, int, int] | None:
 
 
 def family(host: int) -> list[Process]:
-    """All processes below the host, each as ``nursery``, ``watcher``, ``broker``, ``keeper``, ``zygote`` or ``worker``."""
+    """All processes below the host: ``nursery``, ``watcher``, ``broker``, ``keeper``, ``zygote`` or ``worker``."""
     seen = {int(entry): stat for entry in os.listdir("/proc") if entry.isdigit() and (stat := _stat(int(entry)))}
     children: dict[int, list[int]] = {}
     for pid, (_, _, parent, _) in seen.items():

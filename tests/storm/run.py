@@ -194,7 +194,7 @@ class _Storm:
         clients.limit = max(clients.limit, 10 * took)
 
     async def _quiet(self, host: HostProcess) -> Sample:
-        """What the host takes when nobody asks it for anything, all workers but spares have gone, and nothing changes."""
+        """What the host takes when nobody asks it for anything: all workers but spares have gone, nothing changes."""
         last: list[Sample] = []
 
         def steady() -> bool:
@@ -286,9 +286,9 @@ class _Storm:
             canaries = {found.decode() for found in CANARY.findall(line)}
             if canaries - {own.get(record.get("org", ""), "")}:
                 self.violations.add(f"a canary in somebody else's record: {text[:300]}")
-            if record["event"] in ("an internal error", "an internal task failed") or "Traceback" in text:
-                if "plugin" not in record:
-                    self.violations.add(f"a bug of the host's: {text[:1500]}")
+            bug = record["event"] in ("an internal error", "an internal task failed") or "Traceback" in text
+            if bug and "plugin" not in record:
+                self.violations.add(f"a bug of the host's: {text[:1500]}")
 
     def _keep(self, host: HostProcess) -> Path | None:
         """The log, if there is something to be found out from it."""
