@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from hayhost.api.logs import moment
+
 from .conftest import LIMIT, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE
 from .managing import API, Manager, managed
@@ -257,3 +259,27 @@ def test_the_host_ends_streams_when_it_stops(tmp_path: Path) -> None:
         manager.host.process.terminate()
         stream.read_on()
         assert manager.host.process.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("5m", 999_700),
+        ("100ms", 999_999.9),
+        ("999999999w", 0),
+        ("1970-01-01T00:01:00Z", 60),
+        ("1970-01-01T01:01:00+01:00", 60),
+        ("1970-01-02", 86_400),
+        ("1970-01-02 00:00", 86_400),
+        ("1970-02-31", 61 * 86_400),
+        ("1960-01-01", 0),
+    ],
+)
+def test_moments(text: str, at: float) -> None:
+    assert moment(text, 1_000_000) == round(at * 1_000_000)
+
+
+@pytest.mark.parametrize("text", ["", "5", "m", "5y", "now", "2026", "2026-13-01", "2026-01-01T25:00", "5m\n", "-5m"])
+def test_no_moments(text: str) -> None:
+    with pytest.raises(ValueError, match="neither an age"):
+        moment(text, 0)

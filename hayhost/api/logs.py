@@ -11,11 +11,11 @@ from msgspec import UNSET
 
 from hayhost.access import Access
 from hayhost.answers import Answer, Principal
-from hayhost.errors import InvalidError, RequestError, StoreError
+from hayhost.errors import RequestError, StoreError
 from hayhost.logs import LEVELS, Listener, Log, Record, Wanted, item
 
 from .operations import Operation, Request
-from .views import LogPage, LogQuery, LogStreamQuery, LogView
+from .views import SINCE, LogPage, LogQuery, LogStreamQuery, LogView
 
 __all__ = ["Logs", "moment"]
 
@@ -31,13 +31,14 @@ _CHECKED: Final = 1.0
 
 def moment(text: str, now: float) -> int:
     """Microseconds since the epoch at which ``5m`` (ago) or ``2027-01-31T12:00:00Z`` is. Raises ``ValueError``."""
+    if not re.fullmatch(SINCE, text):
+        raise ValueError(f"{text!r} is neither an age such as 5m nor a time such as 2027-01-31T12:00:00Z")
     if found := _AGE.fullmatch(text):
         return max(0, int((now - int(found[1]) * _UNITS[found[2]]) * 1e6))
-    try:
-        at = dt.datetime.fromisoformat(text)
-        return max(0, int((at if at.tzinfo is not None else at.replace(tzinfo=dt.UTC)).timestamp() * 1e6))
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is neither an age such as 5m nor a time such as 2027-01-31T12:00:00Z") from None
+    # The 31st of a month that has 30 days is the 1st of the next.
+    at = dt.datetime.fromisoformat(f"{text[:8]}01{text[10:]}")
+    at = at if at.tzinfo is not None else at.replace(tzinfo=dt.UTC)
+    return max(0, int((at.timestamp() + (int(text[8:10]) - 1) * 86400) * 1e6))
 
 
 class Logs:
@@ -123,13 +124,10 @@ class Logs:
 
 
 def _wanted(query: LogQuery | LogStreamQuery, principal: Principal) -> Wanted:
-    """What ``query`` asks for, of what ``principal`` may see. Raises ``RequestError`` and ``InvalidError``."""
+    """What ``query`` asks for, of what ``principal`` may see. Raises ``RequestError``."""
     if query.org is not None and not principal.may(query.org):
         raise RequestError("The token is good for another organisation only", status=403)
-    try:
-        since = 0 if query.since is None else moment(query.since, time.time())
-    except ValueError as error:
-        raise InvalidError({"since": str(error)}) from None
+    since = 0 if query.since is None else moment(query.since, time.time())
     org = query.org if principal.org_id is None else principal.org_id
     return Wanted(query.plugin, org, query.worker, LEVELS[query.level], since, query.request, query.q or "")
 

@@ -1,7 +1,7 @@
 """What the management API takes and gives, as JSON. No secret is in any of it, but for a new token's own."""
 
 import datetime as dt
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
@@ -12,6 +12,7 @@ from hayhost.names import ORG_ID, PLUGIN_NAME
 from hayhost.problems import Severity
 
 __all__ = [
+    "SINCE",
     "AuditPage",
     "AuditQuery",
     "DoctorQuery",
@@ -464,13 +465,19 @@ class AuditPage(_View, frozen=True):
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogId = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$", description="The `id` of a record: those after it.")]
+SINCE: Final = (
+    r"^([0-9]{1,9}(ms|s|m|h|d|w)|"
+    r"[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    r"([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]{1,6})?)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])?)?)$"
+)
+"""An age such as ``5m``, or a time as in RFC 3339, or the beginning of one."""
+
 Since = Annotated[
     str,
     Meta(
-        min_length=1,
         max_length=40,
-        pattern=r"^([0-9]{1,9}(ms|s|m|h|d|w)|[0-9]{4}-.*)$",
-        description="Not older than this: an age such as `5m`, or a time as in RFC 3339.",
+        pattern=SINCE,
+        description="Not older than this: an age such as `5m`, or a time as in RFC 3339 (in UTC).",
     ),
 ]
 Found = Annotated[str, Meta(min_length=1, max_length=200, description="Is in the message, traceback or `meta`.")]

@@ -307,7 +307,18 @@ for _command in COMMANDS:
 def _end_on_signals() -> None:
     """Until the host itself handles signals there is nothing to stop: one of them is the end, and a clean one."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))
+        signal.signal(number, _leave)
+
+
+def _leave(*_: object) -> None:
+    _flush_log()
+    os._exit(0)
+
+
+def _flush_log() -> None:
+    """What was logged comes before what is said next; a command that has no log does not import it for that."""
+    if (logs := sys.modules.get("hayhost.logs")) is not None:
+        logs.flush()
 
 
 def _open_standard_streams() -> None:
@@ -342,8 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except HostError as error:
-        from hayhost.logs import escape
+        from hayhost.logs import escape, flush
 
+        flush()
         for line in str(error).splitlines():
             click.echo(f"hayhost: {escape(line)}", err=True)
         code = error.exit_code

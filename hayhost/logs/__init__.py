@@ -38,6 +38,7 @@ __all__ = [
     "console",
     "current",
     "escape",
+    "flush",
     "get_logger",
     "item",
     "secrets_in",
@@ -56,6 +57,15 @@ _current: Log | None = None
 def current() -> Log:
     """What ``configure`` has made last."""
     return _current or configure("auto", "info")
+
+
+def flush() -> None:
+    """Wait until what was logged is written, but not for long."""
+    if _current is not None:
+        _current.flush()
+
+
+atexit.register(flush)
 
 
 def configure(
@@ -101,7 +111,6 @@ def configure(
         writers.append(to_file)
     global _current
     log = _current = Log(Rings(memory, records), write, writers, to_file, file)
-    atexit.register(log.flush)
     structlog.configure(
         processors=[structlog.processors.add_log_level, _add_traceback, _as_it_is],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
