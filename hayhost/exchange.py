@@ -143,6 +143,7 @@ class Exchange(HTTPMessageDelegate):
         return None
 
     async def _route_after(self, missing: NotYetError) -> None:
+        self._front.answering(self)  # it is not the client that is waited for
         for _ in range(_ROUTINGS):
             waiting = asyncio.ensure_future(missing.until())
             await asyncio.wait({waiting}, timeout=self._front.settings.request_timeout)
@@ -152,6 +153,8 @@ class Exchange(HTTPMessageDelegate):
             try:
                 waiting.result()
                 self._route_it()
+                if not self._headed:
+                    self._front.wait_for(self)
                 return
             except NotYetError as error:
                 missing = error

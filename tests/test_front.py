@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
 from hayhost import front
+from hayhost.answers import NotYetError
 from hayhost.host import Host
 from hayhost.installs import TestInstalls
 from hayhost.settings import Settings
@@ -17,8 +19,8 @@ Client = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
-async def with_connection(client: Client) -> None:
-    async with asyncio.timeout(LIMIT), Host(Settings(port=0, mode="test"), TestInstalls()) as host:
+async def with_connection(client: Client, **settings: Any) -> None:
+    async with asyncio.timeout(LIMIT), Host(Settings(port=0, mode="test", **settings), TestInstalls()) as host:
         port = host.listen(host.site())
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         await client(reader, writer)
@@ -65,3 +67,23 @@ def test_a_connection_with_a_request_under_way_is_not(monkeypatch: pytest.Monkey
         assert await answered(reader)
 
     asyncio.run(with_connection(dawdle))
+
+
+def test_a_client_is_not_blamed_for_what_the_host_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request needs is fetched one after the other, and each may take as long as a request's limit."""
+    route, missing = front.Front.route, 4
+
+    def route_later(self: front.Front, *arguments: Any) -> None:
+        nonlocal missing
+        missing -= 1
+        if missing >= 0:
+            raise NotYetError(lambda: asyncio.sleep(0.5), "it is not there")
+        route(self, *arguments)
+
+    monkeypatch.setattr(front.Front, "route", route_later)
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEALTH)
+        assert await answered(reader)
+
+    asyncio.run(with_connection(ask, request_timeout=1.0))

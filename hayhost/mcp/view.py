@@ -68,7 +68,13 @@ class View:
     @property
     def problem(self) -> str:
         """Why there may be more than these; empty if all that there is is known."""
-        return next((shelf.problem for shelf in self._shelves if not shelf.known and shelf.problem), "")
+        for shelf in self._shelves:
+            if not shelf.known:
+                return shelf.problem or f"The MCP servers of {shelf.plugin.name} have not said yet what they have"
+            for served in shelf.servers.values():
+                if served.changes < 0:
+                    return f"The MCP server {served.id} did not say what it has"
+        return ""
 
     @property
     def capabilities(self) -> frozenset[str]:

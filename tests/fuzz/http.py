@@ -290,27 +290,27 @@ def _chunked(content: bytes, chance: random.Random) -> bytes:
     pieces.append(b"0\r\n\r\n")
     if chance.random() < 0.25:
         at = chance.randrange(len(pieces))
-        size, _, rest = pieces[at].partition(b"\r\n")
-        size = chance.choice(
+        given, _, rest = pieces[at].partition(b"\r\n")
+        given = chance.choice(
             [
-                size + b";x",
-                size + b" ",
-                b" " + size,
-                b"+" + size,
-                b"0x" + size,
-                b"-" + size,
-                b"0" * 50 + size,
+                given + b";x",
+                given + b" ",
+                b" " + given,
+                b"+" + given,
+                b"0x" + given,
+                b"-" + given,
+                b"0" * 50 + given,
                 b"f" * 17,
                 b"\xb2",
                 b"",
-                size + b"\n",
+                given + b"\n",
                 b"0",
-                size + b';x="\r\n"',
+                given + b';x="\r\n"',
             ]
         )
         end = b"\r\n" if chance.random() < 0.8 else chance.choice([b"\n", b"\r", b"", b"\r\r\n"])
         pieces[at] = (
-            size
+            given
             + end
             + (rest if chance.random() < 0.8 else chance.choice([b"\r\n", b"X: y\r\n\r\n", rest[:-2], rest + b"x"]))
         )
