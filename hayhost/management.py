@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from .catalog import Plugin
 from .configs import MAX_CONFIG, check_auth, check_config, sensitive_fields
-from .errors import ConflictError, InvalidError, NotFoundError, RequestError
+from .errors import ConflictError, InvalidError, NotFoundError, RequestError, StoreError
 from .installs import Auth, Change, Installation, Installs, conflict, not_installed
 from .logs import get_logger
 from .pool import Pool
@@ -23,6 +23,8 @@ __all__ = ["Management", "Outcome", "remove_org"]
 
 # Somebody else, on another host, may change the same installation at the same time, so often.
 _ATTEMPTS: Final = 5
+# Seconds after which a store that could not be read is asked again what others have changed.
+_AGAIN: Final = 0.5
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -171,7 +173,11 @@ class Management:
 
     async def _follow_elsewhere(self, slot: Slot) -> None:
         async with self._slot(slot.plugin, slot.org_id) as slot:
-            installation = await self.installs.load(slot.plugin.name, slot.org_id)
+            try:
+                installation = await self.installs.load(slot.plugin.name, slot.org_id)
+            except StoreError:  # its settings are looked at when they can be
+                self.pool.loop.call_later(_AGAIN, self.changed_elsewhere, slot.plugin.name, slot.org_id)
+                return
             if installation is None or not installation.enabled:
                 # Whoever disabled it ran `on_disable`.
                 if (worker := slot.release()) is not None:

@@ -77,7 +77,7 @@ class Agent:
         self._plugins = plugins
         self._store = store
         self._under_way: set[asyncio.Task[None]] = set()
-        self._stopped: set[int] = set()
+        self._rolled_back: set[Path] = set()
         self._hands: dict[str, Callable[[Fault, str], Awaitable[None]]] = {
             "kill": self._kill,
             "stop": self._stop,
@@ -112,8 +112,16 @@ class Agent:
         self.done[fault.kind] += 1
 
     async def calm(self) -> None:
-        """Wait for what is under way, and see to it that every plugin's last save is one that loads."""
+        """Wait for what is under way; plugins that were rolled back are saved once more.
+
+        No others are: a reload would make good again what went wrong with a worker before.
+        """
         await asyncio.gather(*self._under_way)
+        for folder in self._rolled_back:
+            self._save_next(folder)
+
+    def save_all(self) -> None:
+        """Give every plugin another version."""
         for folder in self._plugins:
             self._save_next(folder)
 
@@ -176,6 +184,7 @@ class Agent:
 
     async def _rollback(self, fault: Fault, _noun: str) -> None:
         folder = self._plugins[int(fault.pick * len(self._plugins))]
+        self._rolled_back.add(folder)
         await asyncio.to_thread(self._host.post, f"/api/v1/plugins/{folder.name}/rollback")
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tests.conftest import HostProcess, wait_until
 from tests.storing import server
@@ -67,6 +67,7 @@ class _Storm:
         self.say = say
         self.violations = Violations()
         self.samples: list[Sample] = []
+        self.last: dict[Tenant, Any] = {}
         self.store = server().new() if plan.backend == "postgresql" else f"sqlite:///{folder / 'store.db'}"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
@@ -131,7 +132,7 @@ class _Storm:
         if self.violations.count:
             return  # nothing that follows would tell more
         await self._calibrate(clients)
-        await self.agent.calm()  # from now on every plugin has a version before the one that serves
+        self.agent.save_all()  # from now on every plugin has a version before the one that serves
         await self._each(self._serves(clients), "has the new version")
         await clients.leave()
         before, kept = await self._quiet(host), kinds(host.pid)
@@ -160,10 +161,15 @@ class _Storm:
         """Whether a tenant's worker has its last settings and the last version."""
 
         async def serves(tenant: Tenant) -> bool:
-            told = await clients.plain(tenant)
+            told = self.last[tenant] = await clients.plain(tenant)
             return bool(told) and tenant.may_be(told["value"]) and told["version"] == self.agent.versions[tenant.plugin]
 
         return serves
+
+    def _told(self, tenant: Tenant) -> str:
+        told = self.last.get(tenant) or {}
+        served = f"value {told.get('value')}, version {told.get('version')}"
+        return f"{served}; wanted {tenant.acknowledged}, {self.agent.versions[tenant.plugin]}"
 
     async def _each(self, done: Callable[[Tenant], Awaitable[bool]], what: str, limit: float = 60.0) -> None:
         """Wait until ``done`` of every tenant, some at a time."""
@@ -176,7 +182,8 @@ class _Storm:
                     if await done(tenant):
                         return
                 if time.monotonic() > deadline:
-                    self.violations.add(f"not within {limit:.1f} s: {tenant.plugin} of {tenant.org} {what}")
+                    where = f"{tenant.plugin} of {tenant.org}"
+                    self.violations.add(f"not within {limit:.1f} s: {where} {what}: {self._told(tenant)}")
                     return
                 await asyncio.sleep(0.05)
 
