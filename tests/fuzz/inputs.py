@@ -202,7 +202,7 @@ def settings(manager: Manager, count: int, seed: int) -> Counter[int]:
     """
     chance, statuses = random.Random(seed), Counter[int]()
     one = "/orgs/acme/plugins/recorder"
-    good = {"config": {"value": "x", "count": 1, "flag": True, "extra": {"a": [1]}}}
+    good: dict[str, Any] = {"config": {"value": "x", "count": 1, "flag": True, "extra": {"a": [1]}}}
     before = manager.put("acme", **good)["config"]
     for _ in range(count):
         data = _damaged(good, chance)
