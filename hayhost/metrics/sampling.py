@@ -31,7 +31,7 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
 
 
 def sample(pid: int) -> Sample:
-    """Look at one process. Its memory is a walk through its pages for the kernel: half a millisecond for a small worker."""
+    """Look at one process. The kernel walks through all its pages for that: half a millisecond for a small worker."""
     found: dict[str, int] = {}
     for line in _read(f"/proc/{pid}/smaps_rollup").splitlines()[1:]:
         name, size, *_ = line.split()
