@@ -20,7 +20,7 @@ __all__ = ["Handling", "Tracing", "prepare"]
 
 _TEXT: Final = 1_000
 _NAME: Final = 200
-_Send = Callable[[wire.Message], None]
+_Send = Callable[[wire.Message], object]
 
 
 class Handling:
