@@ -57,6 +57,7 @@ SERVE_OPTIONS = (
 _FLOOD = 2_000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SOURCE = Path(__file__).parent / "plugin"
+_PERMISSIONS = {"programs": "[tool.hay-plugin.permissions]\nnetwork = true\nsubprocess = ['python3']\n"}
 _CALM = """
 SECRET = {secret!r}
 
@@ -81,11 +82,11 @@ class Result:
 
 
 def _plugin(folder: Path, kind: str) -> None:
-    write_plugin(folder, name=kind)
+    write_plugin(folder, name=kind, extra=_PERMISSIONS.get(kind, ""))
     shutil.copytree(_SOURCE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     shutil.copy(_SOURCE / "attack_code" / "__init__.py", folder / "attack_code")
     (folder / "data.txt").write_text("data of the plugin\n")
-    if kind != "attacks":
+    if kind in KINDS:
         (folder / "at_import.txt").write_text(kind)
 
 

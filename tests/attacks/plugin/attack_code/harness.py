@@ -53,7 +53,8 @@ class Attack:
     harm: str = ""
     """The evidence from outside without which it has not succeeded; see ``tests/attacks/judge.py``. Empty: none."""
     plugin: str = "attacks"
-    """What the plugin does while it is imported: ``attacks`` is nothing."""
+    """What the plugin does while it is imported: ``attacks`` is nothing, and so is ``programs``, which may start some
+    and use the network."""
     stages: bool = False
     """Whether one org leaves something (``victims.stage == "leave"``) that another one then looks for (``"find"``)."""
     again: bool = False
