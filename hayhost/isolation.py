@@ -174,11 +174,10 @@ class Isolation:
         namespaces = "namespaces" in layers
         uid = _UIDS[0] + secrets.randbelow(_UIDS[1] - _UIDS[0]) if "uid" in layers else None
         abi = landlock.abi() if "landlock" in layers else 0
-        unproxied = _unproxied(layers, abi)
-        proxied = bool(programs and permissions.network) and not unproxied
-        if programs and permissions.network and unproxied:
-            log = get_logger()
-            log.warning("the programs of the plugin have no network", plugin=manifest.name, reason=unproxied)
+        proxied = bool(programs and permissions.network)
+        if proxied and (problem := self.unproxied):
+            proxied = False
+            get_logger().warning("the programs of the plugin have no network", plugin=manifest.name, reason=problem)
         rules = seccomp.Rules(
             subprocess=bool(programs),
             private_root=namespaces,
@@ -219,6 +218,15 @@ class Isolation:
             return self.folders.add()
         except OSError as error:
             raise HostError(f"no folder for the plugin's scratch folders can be made: {error}") from None
+
+    @property
+    def unproxied(self) -> str:
+        """What is missing for programs to reach the broker's proxy and nothing else; empty if nothing is."""
+        if missing := [layer for layer in ("namespaces", "landlock", "seccomp") if layer not in self.layers]:
+            return f"that needs isolation by {', '.join(missing)}; hayhost doctor says why there is none"
+        if (abi := landlock.abi()) < landlock.CONNECT_GOVERNED:
+            return f"that needs Landlock {landlock.CONNECT_GOVERNED} (Linux 6.7); this kernel has {abi}"
+        return ""
 
     def admit(self, pid: int, plan: Plan, expected: Descriptors, threads: int) -> str:
         """Look at a new worker; why it cannot be admitted, or empty."""
@@ -328,15 +336,6 @@ def _wanted(settings: Settings) -> tuple[frozenset[Layer], Level]:
     level = Level[settings.isolation.upper()]
     inspection: frozenset[Layer] = frozenset({"inspection"} if level.layers else ())
     return level.layers | inspection, level  # asked for by name, it is had or nothing is started
-
-
-def _unproxied(layers: frozenset[Layer], abi: int) -> str:
-    """What is missing for programs to reach the broker's proxy and nothing else; empty if nothing is."""
-    if missing := [layer for layer in ("namespaces", "landlock", "seccomp") if layer not in layers]:
-        return f"that needs isolation by {', '.join(missing)}; hayhost doctor says why there is none"
-    if abi < landlock.CONNECT_GOVERNED:
-        return f"that needs Landlock {landlock.CONNECT_GOVERNED} (Linux 6.7); this kernel has {abi}"
-    return ""
 
 
 def _refusal(level: Level, required: Level, problems: dict[str, str]) -> str:

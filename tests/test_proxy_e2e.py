@@ -14,6 +14,7 @@ import pytest
 from sandbox.confinement import landlock
 
 from . import nodejs
+from .commands import run_hayhost
 from .conftest import LIMIT, HostProcess, wait_until, write_plugin
 from .hosting import PLUGIN, PREAMBLE, hosting, logged
 from .networking import Network
@@ -352,6 +353,12 @@ def test_where_the_kernel_cannot_confine_them_programs_have_nothing(network: Net
         assert said["out"].strip() == "set()"
         assert "Operation not permitted" in said["err"]
         assert ask(host, "both", "urllib", "api.test", network.port)["host"].startswith("api.test")
+
+
+def test_doctor_says_whether_programs_can_have_a_network() -> None:
+    assert run_hayhost("doctor", "--json").json()["programsOffline"] is None
+    done = run_hayhost("doctor", "--isolation", "confined")
+    assert "programs that plugins start have no network: that needs isolation by namespaces" in done.out
 
 
 def test_a_worker_of_its_own_process_has_a_proxy_as_well(network: Network, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ async def _report(settings: Settings) -> dict[str, Any]:
         "level": Level.NONE.label,
         "ok": False,
         "layers": [],
+        "programsOffline": None,
         "canaries": [],
         "error": None,
     }
@@ -63,6 +64,7 @@ async def _report(settings: Settings) -> dict[str, Any]:
         report["error"] = str(error)
     if report["error"] is None or host.isolation.layers:
         report |= {"level": host.isolation.level.label, "layers": [_layer(layer, host) for layer in LAYERS]}
+        report["programsOffline"] = host.isolation.unproxied or None
     escaped = [canary for canary in report["canaries"] if canary["refused"] is None]
     enough = Level[report["level"].upper()] >= Level[required.upper()]
     confined = Level[report["level"].upper()] >= Level.CONFINED
@@ -105,6 +107,8 @@ def _print(report: dict[str, Any]) -> None:
             print(f"       {'':<11} {escape(layer['problem'])}")
         if layer["remedy"]:
             print(f"       {'':<11} {layer['remedy']}")
+    if report["programsOffline"]:
+        print(f"\nprograms that plugins start have no network: {report['programsOffline']}")
     if report["canaries"]:
         print("\nwhat a worker could do when it tried to:\n")
     for canary in report["canaries"]:

@@ -1,5 +1,5 @@
-"""Landlock: which files a process may open, write and execute, and that it reaches no TCP port, no abstract socket and
-no process outside of its domain (landlock(7)). Unprivileged, and for good."""
+"""Landlock: which files a process may open, write and execute, and that it reaches no TCP port but one that is
+granted, no abstract socket and no process outside of its domain (landlock(7)). Unprivileged, and for good."""
 
 import functools
 import os
