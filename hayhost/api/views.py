@@ -328,7 +328,8 @@ class CanaryView(_View, frozen=True):
 
 
 class DoctorView(_View, frozen=True):
-    """What isolation the machine gives, tried for real. `level` is what it amounts to, `required` what must be had."""
+    """What isolation the machine gives, tried for real. `level` is what it amounts to, `required` what must be had,
+    `programsOffline` why programs that plugins start have no network; `null`: they may have one."""
 
     kernel: str
     machine: str
@@ -339,6 +340,7 @@ class DoctorView(_View, frozen=True):
     level: str
     ok: bool
     layers: list[LayerView]
+    programs_offline: str | None
     canaries: list[CanaryView]
     error: str | None
     examined_at: float
