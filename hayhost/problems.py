@@ -28,7 +28,7 @@ _ORDER: Final = ("error", "warning", "notice")
 _EXAMPLES: Final = 10
 _MOST: Final = 200
 # The database is asked this often, in seconds, however many look.
-_FRESH: Final = 3.0
+_FRESH: Final = 1.0
 
 
 class Problem(msgspec.Struct, frozen=True):

@@ -41,16 +41,15 @@ def browser() -> Iterator[Any]:
 class Visit:
     """A page of the dashboard in a browser, and what went wrong in it."""
 
-    def __init__(self, page: Any, host: HostProcess, folder: Path) -> None:
+    def __init__(self, page: Any, host: HostProcess, folder: Path, expected: set[str]) -> None:
         self.page = page
         self.host = host
         self.origin = f"http://127.0.0.1:{host.port}"
         self.folder = folder
         self.errors: list[str] = []
-        self.expected: set[str] = set()
-        """Parts of the browser's own messages about answers that are an error on purpose."""
+        self.expected = expected
         self.elsewhere: list[str] = []
-        page.set_default_timeout(float(os.environ.get("TMO", LIMIT)) * 1000)
+        page.set_default_timeout(LIMIT * 1000)
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", self._request)
@@ -96,14 +95,15 @@ class Visit:
         narrow screen nothing to scroll sideways to."""
         axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
         self.page.mouse.move(0, 0)
+        self.page.evaluate("window.scrollTo(0, 0)")
         for scheme in ("light", "dark"):
             self.page.emulate_media(color_scheme=scheme)
-            for size, viewport in (("desktop", DESKTOP), ("phone", PHONE)):
+            for size, viewport in (("phone", PHONE), ("desktop", DESKTOP)):
                 self.page.set_viewport_size(viewport)
                 self.page.screenshot(path=str(self.folder / f"{name}-{size}-{scheme}.png"), full_page=True)
-                found = axe.run(self.page).response["violations"]
-                bad = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in WORST]
-                assert not bad, (name, size, scheme, bad)
+            found = axe.run(self.page).response["violations"]
+            bad = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in WORST]
+            assert not bad, (name, scheme, bad)
         self.page.set_viewport_size(NARROWEST)
         assert self.page.evaluate("document.documentElement.scrollWidth") <= NARROWEST["width"], name
         self.page.set_viewport_size(DESKTOP)
@@ -111,19 +111,22 @@ class Visit:
 
     def check(self) -> None:
         """Nothing has gone wrong, nothing came from elsewhere, and it is the page that was loaded first."""
-        assert not self.errors
-        assert not self.elsewhere
+        assert self.errors == []
+        assert self.elsewhere == []
         assert self.page.evaluate("window.theSamePage === true")
 
 
 @contextlib.contextmanager
-def visiting(chromium: Any, host: HostProcess, folder: Path) -> Iterator[Visit]:
-    """A visit to ``host`` by a browser of its own; pictures go to HAYHOST_TEST_SCREENSHOTS, else ``folder``."""
+def visiting(chromium: Any, host: HostProcess, folder: Path, *expected: str) -> Iterator[Visit]:
+    """A visit to ``host`` by a browser of its own; pictures go to HAYHOST_TEST_SCREENSHOTS, else ``folder``.
+
+    The browser's messages that have a part that is ``expected`` are no errors.
+    """
     pictures = Path(os.environ.get("HAYHOST_TEST_SCREENSHOTS") or folder)
     pictures.mkdir(parents=True, exist_ok=True)
     context = chromium.new_context(viewport=DESKTOP, ignore_https_errors=True, reduced_motion="reduce")
     try:
-        visit = Visit(context.new_page(), host, pictures)
+        visit = Visit(context.new_page(), host, pictures, {*expected})
         visit.begin()
         yield visit
         visit.check()

@@ -1,5 +1,6 @@
 """The dashboard as people use it: a real Chromium, a real host, a real authorization server."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 from .authorization_server import CLIENT_ID, SECRET, Provider
 from .browsing import Visit, browser, visiting
 from .conftest import HostProcess, wait_until, write_plugin
-from .hosting import PREAMBLE, hosting
-from .managing import Manager
+from .hosting import PLUGIN, PREAMBLE, hosting
+from .managing import Manager, managed
 
 SHOP = (
     PREAMBLE
@@ -69,6 +70,10 @@ class Shop:
 )
 
 
+# Axe looks through every page in both themes, on a machine that runs other tests at the same time.
+pytestmark = pytest.mark.timeout(420)
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with browser() as running:
@@ -106,7 +111,7 @@ def host(tmp_path: Path, provider: Provider) -> Iterator[HostProcess]:
 def test_from_an_empty_host_to_a_plugin_that_is_healed_reloaded_and_rolled_back(
     chromium: Any, host: HostProcess, provider: Provider, tmp_path: Path
 ) -> None:
-    with visiting(chromium, host, tmp_path / "pictures") as visit:
+    with visiting(chromium, host, tmp_path / "pictures", "422", "502", "503") as visit:
         visit.see("Nothing is wrong")
         install(visit)
         connect(visit, provider)
@@ -124,7 +129,6 @@ def install(visit: Visit) -> None:
     visit.see("No organisations yet")
     visit.look("orgs-empty")
     visit.fill("Id", "not an id")
-    visit.expected |= {"422", "502", "503"}
     visit.click("Create")
     visit.page.locator("#org-id[aria-invalid=true]").wait_for()
     visit.fill("Id", "acme")
@@ -240,3 +244,134 @@ def reload_and_roll_back(visit: Visit, provider: Provider, folder: Path) -> None
     visit.see("rollback")
     wait_until(lambda: b"Hello" in visit.host.get("/plugins/shop/acme/hello/x").body, "the version before serves")
     visit.look("plugin")
+
+
+# ---- what it is like with tokens, many workers, and no host
+
+
+def test_with_tokens_one_signs_in_and_an_org_sees_its_own(chromium: Any, tmp_path: Path) -> None:
+    with managed(tmp_path) as manager:
+        manager.put("acme")
+        manager.put("beta", config={"fault": "on_start:raise"})
+        admin = manager.token = manager.new_token("me")
+        acme = manager.new_token("acme", "acme")
+        for org in ("acme", "beta"):
+            assert manager.host.get(f"/plugins/recorder/{org}/value").status == 200
+        with visiting(chromium, manager.host, tmp_path / "pictures", "401") as visit:
+            visit.wait_for_title("Sign in")
+            visit.look("sign-in")
+            visit.fill("Token", "hay_0123456789abcdef_wrong")
+            visit.page.keyboard.press("Enter")
+            visit.see("not a good one")
+            visit.fill("Token", acme)
+            visit.click("Sign in")
+            visit.wait_for_title("Overview")
+            visit.see("Nothing is wrong")  # beta's trouble is none of theirs
+            visit.click("Workers", "link")
+            visit.see("1 in all")
+            assert visit.page.get_by_role("link", name="Doctor").count() == 0
+            visit.click("Organisation", "link")
+            visit.wait_for_title("acme")
+            visit.see("recorder")
+            visit.look("org")
+            assert acme not in visit.page.content()
+            assert visit.page.evaluate("localStorage.length") == 0
+        with visiting(chromium, manager.host, tmp_path / "pictures", "401") as visit:
+            visit.fill("Token", admin)
+            visit.page.keyboard.press("Enter")
+            visit.see("The worker serves, but degraded")
+            visit.see("recorder of beta")
+            visit.click("Doctor", "link")
+            visit.see("What a worker could do when it tried")
+            visit.look("doctor")
+            visit.click("Plugins", "link")
+            visit.see("version")
+            visit.look("plugins")
+            manager.ok("DELETE", f"/tokens/{admin.split('_')[1]}")
+            visit.wait_for_title("Sign in")
+
+
+def test_three_thousand_workers_in_one_table(chromium: Any, tmp_path: Path) -> None:
+    """Only what can be seen is in the document; filters, order and keys go over all."""
+    write_plugin(tmp_path / "broken", "import nothing_of_this_name")
+    write_plugin(tmp_path / "sound", PREAMBLE + PLUGIN)
+    with hosting(tmp_path, "--spares=0", "--store", tmp_path / "store.db", "--mode=test") as host:
+        connection = host.connect()
+        for number in range(3_000):  # each has nothing to start from, and keeps why
+            connection.request("GET", f"/plugins/broken/org-{number:04}/mcp/list-tools")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 503
+        connection.close()
+        with visiting(chromium, host, tmp_path / "pictures") as visit:
+            visit.see("3,000 organisations")  # one problem, not three thousand
+            visit.click("Workers", "link")
+            visit.see("3,000 in all")
+            rows = visit.page.locator(".rows [role=row]")
+            assert 5 < rows.count() < 60
+            visit.look("workers")
+            grid = visit.page.get_by_role("grid")
+            grid.focus()
+            visit.page.keyboard.press("End")
+            visit.see("org-2999", ".rows")
+            assert rows.count() < 60
+            assert grid.get_attribute("aria-rowcount") == "3001"
+            visit.page.keyboard.press("ArrowUp")
+            active = f"#{grid.get_attribute('aria-activedescendant')}"
+            assert visit.page.locator(active).get_attribute("aria-selected") == "true"
+            visit.click("Worker", exact=True)
+            wait_until(lambda: visit.page.locator("[aria-sort=descending]").count() == 1, "the other order")
+            visit.fill("Find", "org-17")
+            visit.see("100 of 3,000")
+            visit.page.get_by_label("State").select_option("ready")
+            visit.see("None is like this")
+            visit.page.get_by_label("State").select_option("trouble")
+            visit.fill("Find", "org-1742")
+            grid.focus()
+            visit.page.keyboard.press("Enter")
+            visit.wait_for_title("broken of org-1742")
+
+
+def test_it_says_that_the_host_is_away_and_goes_on_when_it_is_back(chromium: Any, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "plugins" / "sound", PREAMBLE + PLUGIN)
+    options = ("--store", tmp_path / "store.db")
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(hosting(tmp_path / "plugins", *options))
+        visit = stack.enter_context(visiting(chromium, host, tmp_path / "pictures", "net::ERR_"))
+        visit.see("Nothing is wrong")
+        assert host.stop() == 0  # an open dashboard does not hold it up
+        visit.see("The host cannot be reached")
+        visit.see("Disconnected", "header")
+        stack.enter_context(hosting(tmp_path / "plugins", *options, "--port", host.port))
+        visit.see("Live", "header")
+        visit.gone("The host cannot be reached")
+
+
+def test_one_goes_through_it_by_keyboard(chromium: Any, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "plugins" / "sound", PREAMBLE + PLUGIN)
+    options = ("--store", tmp_path / "store.db")
+    with hosting(tmp_path / "plugins", *options) as host, visiting(chromium, host, tmp_path / "pictures") as visit:
+        visit.see("Nothing is wrong")
+        keyboard = visit.page.keyboard
+        visit.page.evaluate("document.activeElement.blur()")
+        keyboard.press("Tab")
+        assert visit.page.evaluate("document.activeElement.className") == "skip"
+        for _ in range(3):
+            keyboard.press("Tab")
+        keyboard.press("Enter")
+        visit.wait_for_title("Plugins")
+        assert visit.page.evaluate("document.activeElement.id") == "title"  # where a screen reader goes on
+        visit.page.get_by_role("button", name="Colours").press("Enter")
+        visit.page.get_by_role("button", name="Colours: light").press("Enter")
+        assert visit.page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_in_test_mode_without_a_store(chromium: Any, tmp_path: Path) -> None:
+    write_plugin(tmp_path / "plugins" / "sound", PREAMBLE + PLUGIN)
+    with hosting(tmp_path / "plugins") as host, visiting(chromium, host, tmp_path / "pictures") as visit:
+        assert host.get("/plugins/sound/any/health").status == 200
+        visit.see("every org is known")
+        assert visit.page.get_by_role("link", name="Organisations").count() == 0
+        visit.go("/workers/sound/any", "sound of any")
+        visit.see("stopped")
+        visit.go("/nowhere", "There is no such page")
