@@ -303,7 +303,7 @@ def test_three_thousand_workers_in_one_table(chromium: Any, tmp_path: Path) -> N
             answer.read()
             assert answer.status == 503
         connection.close()
-        with visiting(chromium, host, tmp_path / "pictures") as visit:
+        with visiting(chromium, host, tmp_path / "pictures", "503") as visit:
             visit.see("3,000 organisations")  # one problem, not three thousand
             visit.click("Workers", "link")
             visit.see("3,000 in all")
@@ -323,6 +323,7 @@ def test_three_thousand_workers_in_one_table(chromium: Any, tmp_path: Path) -> N
             wait_until(lambda: visit.page.locator("[aria-sort=descending]").count() == 1, "the other order")
             visit.fill("Find", "org-17")
             visit.see("100 of 3,000")
+            assert grid.evaluate("grid => grid.scrollTop") == 0
             visit.page.get_by_label("State").select_option("ready")
             visit.see("None is like this")
             visit.page.get_by_label("State").select_option("trouble")

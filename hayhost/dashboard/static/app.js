@@ -195,5 +195,6 @@ onRefused(() => {
 
 dress();
 window.addEventListener("hashchange", navigated);
+window.addEventListener("resize", redraw);
 setInterval(() => document.visibilityState === "visible" && host.version && (refresh(), page?.tick?.()), 5000);
 start();

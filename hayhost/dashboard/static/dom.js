@@ -54,6 +54,7 @@ function update(old, next) {
   children(node, old.children, next.children);
   for (const name in old.props) if (!(name in next.props)) set(node, name, null);
   for (const name in next.props) if (next.props[name] !== old.props[name]) set(node, name, next.props[name]);
+  if (next.props.ref) next.props.ref(node);
 }
 
 // Children with a key are found by it, the others by their order among those without one.

@@ -65,6 +65,13 @@ export function workers(given = new URLSearchParams()) {
     redraw();
   }
 
+  // Another choice is looked at from its beginning.
+  function chosen() {
+    active = 0;
+    if (node) node.scrollTop = 0;
+    changed();
+  }
+
   function choose() {
     const [by, direction] = sort;
     const value = COLUMNS.find(([id]) => id === by)[2];
@@ -122,7 +129,7 @@ export function workers(given = new URLSearchParams()) {
 
   function sortBy(id) {
     sort = sort[0] === id ? [id, -sort[1]] : [id, id === "name" || id === "state" || id === "age" ? 1 : -1];
-    changed();
+    chosen();
   }
 
   const cell = (column, kind, ...content) => h("span", {role: "gridcell", class: kind, "aria-colindex": column}, content);
@@ -162,8 +169,8 @@ export function workers(given = new URLSearchParams()) {
         : h("section", {class: "card", "aria-label": "Workers"},
           h("div", {class: "card-head"},
             h("div", {class: "filters"},
-              field("find", "Find", {}, input(filter, (value) => ((filter = value), changed()), {type: "search", placeholder: "Organisation or plugin"})),
-              field("state", "State", {}, choice(state, STATES, (value) => ((state = value), changed())))),
+              field("find", "Find", {}, input(filter, (value) => ((filter = value), chosen()), {type: "search", placeholder: "Organisation or plugin"})),
+              field("state", "State", {}, choice(state, STATES, (value) => ((state = value), chosen())))),
             h("span", {class: "muted"}, shown.length === rows.size ? `${number(rows.size)} in all` : `${number(shown.length)} of ${number(rows.size)}`)),
           !loaded ? loading()
             : !rows.size ? empty("No worker runs", "The first request to an organisation's plugin starts its worker, within milliseconds.")
