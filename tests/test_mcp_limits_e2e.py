@@ -176,7 +176,7 @@ def test_a_worker_that_does_not_start_is_an_error_and_left_out_of_the_list_of_al
     host = serve(tmp_path)
     assert all(name.startswith("tools__") for name in tools(host, "/orgs/acme/mcp"))
     assert tools(host, at("acme", "bad")) == []
-    assert call(host, at("acme", "bad"), "x")["error"]["code"] == -32602
+    assert call(host, at("acme", "bad"), "x")["error"]["code"] == -32000
     assert call(host, "/orgs/acme/mcp", "tools__whoami")["result"]["structuredContent"]["org"] == "acme"
 
 
