@@ -1,7 +1,7 @@
 """System calls of the front that fail, each in turn: "the n-th call of X from now fails with E", until none is left.
 
 The short version tries the first few calls of each while an org's worker starts and answers. The long one goes on
-until a run meets no failure any more: ``HAYHOST_TEST_CALLS=1000 pytest tests/test_syscalls_e2e.py``.
+until a run meets no failure any more: ``HAYHOST_TEST_CALLS=100 pytest tests/test_syscalls_e2e.py``.
 """
 
 import errno
