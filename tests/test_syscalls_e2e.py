@@ -5,6 +5,7 @@ until a run meets no failure any more: ``HAYHOST_TEST_CALLS=100 pytest tests/tes
 """
 
 import errno
+import functools
 import mmap
 import os
 import shutil
@@ -112,7 +113,7 @@ def test_a_call_that_fails_is_an_answer_and_the_next_request_is_served(
             hits = failing.end()
         assert status in (0, 200, 500, 502, 503), (function, call)
         assert host.process.poll() is None, host.log[-2000:]
-        wait_until(lambda org=org: is_served(host, org), f"{org} is served again")
+        wait_until(functools.partial(is_served, host, org), f"{org} is served again")
         assert hits or call > 1 or function in NOT_ALWAYS, f"{function} is not called any more: the test tests nothing"
         if not hits:
             break
