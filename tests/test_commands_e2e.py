@@ -154,7 +154,7 @@ def test_the_script_for_bash_is_taken_by_bash() -> None:
     [
         ("hayhost ", set(cli.commands)),
         ("hayhost ser", {"serve"}),
-        ("hayhost serve --log-", {"--log-format", "--log-level"}),
+        ("hayhost serve --log-f", {"--log-format", "--log-file", "--log-file-size", "--log-files"}),
         ("hayhost run --mode ", {"production", "test"}),
         ("hayhost completion ", {"bash", "zsh", "fish"}),
     ],

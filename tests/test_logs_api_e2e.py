@@ -195,6 +195,7 @@ def test_pages(manager: Manager) -> None:
         ("limit=0", "limit"),
         ("worker=x", "worker"),
         ("worker=0", "worker"),
+        ("worker=null", "worker"),
         ("q=", "q"),
         ("other=1", "other"),
     ],

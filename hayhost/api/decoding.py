@@ -146,6 +146,9 @@ def _fields(values: dict[str, Any], form: type[T], *, strict: bool) -> T:
             reason, _, path = str(error).partition(" - at ")
             where = path.strip("`").removeprefix("$").lstrip(".")
             problems[f"{name}.{where}" if where else name] = reason
+        else:
+            if not strict and given[field.name] is None:  # a query has no null: what is not there is left out
+                problems[name] = "must not be null; leave it out"
     if problems:
         raise InvalidError(problems)
     return form(**given)
