@@ -24,6 +24,7 @@ from hayhost.inspection import Descriptors
 from hayhost.installs import Installation, TestInstalls
 from hayhost.isolation import Isolation, Quarters
 from hayhost.logs import PluginLog
+from hayhost.metadata import Metadata
 from hayhost.metrics.counts import PluginCounts
 from hayhost.pool import Pool
 from hayhost.processes import Zygote
@@ -415,6 +416,7 @@ class Forker:
 
     pid = 1
     spec = SimpleNamespace(plan=UNCONFINED, subprocess=())
+    keeper = None
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
@@ -424,7 +426,7 @@ class Forker:
         self.forked: Callable[[Peer], None] = lambda peer: None
 
     def fork(
-        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1
+        self, log: PluginLog, scratch: str, *, become: bool = False, broker: int = -1, proxy: int = 0
     ) -> tuple[socket.socket, Descriptors]:
         if broker >= 0:
             os.close(broker)
@@ -452,6 +454,7 @@ class FakeVersion:
     alive = True
     level = Level.NONE
     hooks: frozenset[str] = frozenset()
+    metadata = Metadata()
 
     class manifest:
         version = "1"
