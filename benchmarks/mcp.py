@@ -97,7 +97,8 @@ def write(folder: Path, name: str, imports: str, start: str) -> None:
     folder.mkdir()
     (folder / "pyproject.toml").write_text(MANIFEST.format(name=name))
     (folder / "plugin.py").write_text(PLUGIN.format(imports=imports, start=start))
-    (folder / "server.py").write_text(SERVER + "\nserver.run()\n")
+    if "stdio" in start:  # beside another plugin it would make that one look as if it used the package
+        (folder / "server.py").write_text(SERVER + "\nserver.run()\n")
 
 
 def memory(host: Host, plugin: str, orgs: int) -> dict[str, float]:

@@ -14,14 +14,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from hayhost.installs import Auth, NotLoadedError
+from hayhost.installs import Auth, NotLoadedError, ToolLists
 from hayhost.store import (
     ConflictError,
     ExistsError,
     NotAllowedError,
     NotFoundError,
     Store,
+    StoreUnavailableError,
     StoreVersionError,
     records,
     schema,
@@ -337,16 +339,92 @@ def test_the_audit_log(url: str) -> None:
     run(main())
 
 
+def test_calls_are_written_together_and_those_that_are_too_many_counted(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hayhost.store.audit.MOST_WAITING", 450)
+
+    async def main() -> None:
+        async with opened(url) as store, opened(url) as other:
+            assert store._flusher is not None
+            store._flusher.cancel()  # nobody else writes
+            seen: list[Any] = []
+            other.installs.changed_elsewhere = lambda *change: seen.append(change)
+            for number in range(460):
+                store.audit.note_call(
+                    "token:1", "acme", "stripe" if number % 2 else None, "ok", {"tool": f"t{number}\0"}
+                )
+            assert store.audit.waiting == 450
+            await store.flush()
+            assert store.audit.waiting == 0
+            found = (await other.audit.list(limit=1_000, action="mcp.call")).items
+            assert [entry.details["tool"][:-1] for entry in found] == [f"t{number}" for number in range(449, -1, -1)]
+            assert {(entry.action, entry.org_id, entry.actor) for entry in found} == {("mcp.call", "acme", "token:1")}
+            assert len((await other.audit.list(limit=1_000, action="mcp.call", plugin="stripe")).items) == 225
+            (lost,) = (await other.audit.list(action="mcp.calls_lost")).items
+            assert (lost.details, lost.outcome) == ({"calls": 10}, "lost")
+            assert "mcp.call" not in {entry.action for entry in (await other.audit.list(limit=1_000)).items}
+            await store.flush()
+            assert len((await other.audit.list(action="mcp.calls_lost")).items) == 1, "they are told once"
+            assert not seen
+
+    run(main())
+
+
+def test_calls_wait_for_a_database_that_is_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(f"sqlite:///{tmp_path / 'store.db'}") as store:
+            assert store._flusher is not None
+            store._flusher.cancel()
+            store.audit.note_call("a", "acme", None, "ok", {"tool": "t"})
+            engine, store._database.engine = store._database.engine, create_async_engine("sqlite+aiosqlite:////no/such")
+            with pytest.raises(StoreUnavailableError):
+                await store.audit.flush()
+            assert store.audit.waiting == 1
+            await store._database.engine.dispose()
+            store._database.engine = engine
+            await store.audit.flush()
+            assert len((await store.audit.list(action="mcp.call")).items) == 1
+
+    run(main())
+
+
+def test_lists_of_tools(url: str) -> None:
+    async def main() -> None:
+        async with opened(url) as store, opened(url) as other:
+            assert await store.tools.tool_lists("acme") == ToolLists(), "an org that is not there has no limits"
+            await store.orgs.create("acme", actor="t")
+            first, second = ToolLists(deny=("a__*",)), ToolLists(allow=("b__c",))
+            assert await store.tools.get("acme") == await other.tools.tool_lists("acme") == ToolLists()
+            await store.tools.put("acme", first, actor="t", if_lists=ToolLists())
+            assert await store.tools.tool_lists("acme") == store.tools.known("acme") == first
+            with pytest.raises(ConflictError):
+                await other.tools.put("acme", second, actor="t", if_lists=ToolLists())
+            await settle(lambda: other.tools.known("acme") is None, "the other to hear of it")
+            assert await other.tools.tool_lists("acme") == first
+            with pytest.raises(NotFoundError):
+                await store.tools.put("nobody", first, actor="t")
+            with pytest.raises(NotAllowedError):
+                await store.tools.put("acme", ToolLists(deny=("all",)), actor="t")
+            await store.orgs.delete("acme", actor="t")
+            assert await store.tools.tool_lists("acme") == ToolLists()
+
+    run(main())
+
+
 def test_the_audit_log_is_append_only(url: str) -> None:
     async def main() -> None:
         async with opened(url) as store:
             await store.audit.append("a", "b")
             before = await sql(url, "SELECT * FROM audit")
+            store.audit.note_call("a", "acme", None, "ok", {})
+            await store.flush()
             statements = ["UPDATE audit SET actor = 'x'", "DELETE FROM audit"]
+            statements += ["UPDATE audit_calls SET actor = 'x'", "DELETE FROM audit_calls"]
             if url.startswith("sqlite"):
-                statements.append("INSERT OR REPLACE INTO audit SELECT * FROM audit")
+                statements += [f"INSERT OR REPLACE INTO {log} SELECT * FROM {log}" for log in ("audit", "audit_calls")]
             else:
-                statements.append("TRUNCATE audit")
+                statements += ["TRUNCATE audit", "TRUNCATE audit_calls"]
             for statement in statements:
                 with pytest.raises(Exception, match="append-only"):
                     await sql(url, statement)
