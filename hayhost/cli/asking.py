@@ -31,7 +31,7 @@ class Asking:
 
     def __init__(self, url: str, token_file: Path | None) -> None:
         """Raises ``HostError`` if what should be a token is none."""
-        self._url = url.rstrip("/")
+        self._url = url
         self._authorization = _authorization(token_file)
         # Without proxies, as the host is on this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
@@ -41,7 +41,7 @@ class Asking:
         body = b"" if method == "POST" else None
         try:
             request = urllib.request.Request(
-                self._url + path, body, {**self._authorization, **(headers or {})}, method=method
+                self._url.rstrip("/") + path, body, {**self._authorization, **(headers or {})}, method=method
             )
             return self._opener.open(request, timeout=timeout)
         except urllib.error.HTTPError as error:
