@@ -497,7 +497,6 @@ def test_a_target_that_is_no_path_of_ours_is_refused(client: Callable[[], Client
         "/plugins/",
         "/plugins/p",
         "/plugins/p/",
-        "/",
     ],
 )
 def test_no_spelling_of_a_path_leads_anywhere_else(client: Callable[[], Client], path: str) -> None:
