@@ -152,7 +152,14 @@ def test_every_operation_refuses_a_token_of_another_org(admin: Manager, ours: Or
         assert SECRET.encode() not in body
         if not case.open:
             assert THEIRS.encode() not in body, case
-    looked_at = {"openapi", "listPlugins", "getPlugin", "events", "getHost", "listProblems"}  # each tells of its own org
+    looked_at = {
+        "openapi",
+        "listPlugins",
+        "getPlugin",
+        "events",
+        "getHost",
+        "listProblems",
+    }  # each tells of its own org
     assert shared == looked_at
     assert _state(admin, theirs) == before
 

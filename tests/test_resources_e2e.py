@@ -13,22 +13,7 @@ import pytest
 from .conftest import LIMIT, HostProcess, routes, seen_of, wait_until, write_plugin
 from .hosting import logged
 
-PLUGIN = routes(
-    """
-    async def pieces(megabytes):
-        piece = b"x" * (1 << 16)
-        for _ in range(megabytes * 16):
-            yield piece
-    """,
-    hello="async def: return 'hello'",
-    download="async def: return pieces(int(req.query['mb'][0]))",
-    shout="""def:
-        line = "x" * 1000 + chr(10)
-        for _ in range(int(req.query['mb'][0]) * 1000):
-            sys.stdout.write(line)
-        return 'done'
-    """,
-)
+PLUGIN = routes(hello="async def: return 'hello'")
 
 
 def limited(tmp_path: Path, *limits: str, options: tuple[str, ...] = ()) -> HostProcess:
@@ -62,11 +47,6 @@ def processor_time(pid: int) -> float:
     """Seconds that a process has used."""
     fields = seen_of(pid, "stat").rpartition(b")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory."""
-    return int(seen_of(pid, "statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_closed(sock: socket.socket) -> bool:

@@ -1,11 +1,11 @@
 """A short storm; ``python -m tests.storm`` is the long one.
 
-A longer look: HAYHOST_TEST_STORM=60 is seconds of it, HAYHOST_TEST_SEED the seed.
+The schedule is the same each time, so that what a change breaks is its own. A longer look: HAYHOST_TEST_STORM=60 is seconds
+of it, HAYHOST_TEST_SEED another seed.
 """
 
 import itertools
 import os
-import random
 
 import pytest
 
@@ -13,7 +13,7 @@ from .storm.agent import KINDS, schedule
 from .storm.run import Plan, storm
 
 SECONDS = float(os.environ.get("HAYHOST_TEST_STORM", "15"))
-SEED = int(os.environ.get("HAYHOST_TEST_SEED", "0")) or random.SystemRandom().randrange(1 << 31)
+SEED = int(os.environ.get("HAYHOST_TEST_SEED", "11"))
 
 
 def test_a_seed_makes_one_schedule() -> None:
