@@ -136,6 +136,8 @@ def _hint(error: BaseException, plan: Plan) -> str:
             return "permissions.files in the manifest can ask for more"
         case OSError(errno=errno.EDQUOT | errno.ENOSPC | errno.EFBIG):
             return f"a worker's scratch folder holds {plan.scratch_size >> 20} MiB"
+        case OSError(errno=errno.ENOENT) if "No usable temporary directory" in str(error):  # tempfile has tried them
+            return _FILES
         case OSError(errno=errno.EPERM | errno.EACCES | errno.ENOENT) if _starts_program(error):
             return _LISTED
         case OSError(errno=errno.EACCES | errno.ENOENT, filename=None) if _innermost(error)[1].endswith(_SYNCHRONIZE):

@@ -1,4 +1,7 @@
-"""A short part of ``python -m tests.fuzz``, of the same seed each time, so that what a change breaks is its own: HAYHOST_TEST_SEED is another."""
+"""A short part of ``python -m tests.fuzz``.
+
+The seed is the same each time, so that what a change breaks is its own; HAYHOST_TEST_SEED is another.
+"""
 
 import os
 from pathlib import Path

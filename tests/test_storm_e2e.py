@@ -1,7 +1,7 @@
 """A short storm; ``python -m tests.storm`` is the long one.
 
-The schedule is the same each time, so that what a change breaks is its own. A longer look: HAYHOST_TEST_STORM=60 is seconds
-of it, HAYHOST_TEST_SEED another seed.
+The schedule is the same each time, so that what a change breaks is its own. A longer look: HAYHOST_TEST_STORM=60 is
+seconds of it, HAYHOST_TEST_SEED another seed.
 """
 
 import itertools
