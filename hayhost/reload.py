@@ -27,6 +27,8 @@ _RESTART_MOST: Final = 10.0
 _MAX_LINE: Final = 16 << 20
 # A folder that was written to while it was loaded is loaded again, unless the plugin itself seems to write there.
 _UNSTABLE: Final = 2
+# A plugin that writes into its folder when it is imported, and takes long to load, would otherwise never be loaded.
+_MOST_GIVEN_UP: Final = 3
 
 
 class Reloader:
@@ -215,11 +217,13 @@ class _PluginTask:
         self._pool = pool
         self._wanted: Manifest | None = None
         self._load: asyncio.Task[Version] | None = None
+        self._given_up = 0  # loads, one after the other, because of changes
 
     def want(self, manifest: Manifest) -> None:
         """The folder may have other content now."""
         self._wanted = manifest
-        if self._load is not None:
+        if self._load is not None and self._given_up < _MOST_GIVEN_UP:
+            self._given_up += 1
             self._load.cancel()  # it loads what is no longer wanted
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self._run())
@@ -290,13 +294,15 @@ class _PluginTask:
             served = "the version before is served on" if plugin.current else "there is no version to serve"
             get_logger().error(f"not reloaded, {served}", plugin=plugin.name, reason=str(error), **extra)
             plugin.settled.set()
+            self._given_up = 0
             return None
         finally:
             self._load = None
-        if self._wanted is not None:  # a change came in the very last moment
+        if self._wanted is not None and self._given_up < _MOST_GIVEN_UP:  # a change came in the very last moment
             version.close()
             plugin.tried = None
             return None
+        self._given_up = 0
         return version
 
     async def _load_stable(self, manifest: Manifest, content: Content) -> Version:

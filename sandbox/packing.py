@@ -24,6 +24,8 @@ _HEADER: Final = 48
 _MOST: Final = 4 << 20
 """Bytes of each class that are filled at most."""
 _IN_A_ROW: Final = 4
+_NUMBERS: Final = 32
+"""The class of what is counted with here, which takes and gives back places all the while."""
 _EMPTY: Final = sys.getsizeof(b"")
 
 _filled: list[list[Any]] = []
@@ -35,7 +37,8 @@ def pack() -> None:
     clear()
     gc.collect()
     for size in range(_CLASS, _LARGEST + 1, _CLASS):
-        _filled.append(_fill(size))
+        if size != _NUMBERS:
+            _filled.append(_fill(size))
     gc.freeze()
 
 
@@ -43,17 +46,10 @@ def _fill(size: int) -> list[Any]:
     """What fills the holes of a size."""
     made: list[Any] = []
     fresh = 0
-    for number in range(_MOST // size):
-        made.append(_made(size, number))
+    for _ in range(_MOST // size):
+        made.append(object() if size == _CLASS else bytes(size - _EMPTY))
         offset = id(made[-1]) % _POOL
         fresh = fresh + 1 if offset == _HEADER + fresh * size else int(offset == _HEADER)
         if fresh == _IN_A_ROW:  # the first ones of a pool, one after the other: there was no hole left
             return made[:-fresh]
     return []
-
-
-def _made(size: int, number: int) -> Any:
-    """A new object of a size, that nobody looks at."""
-    if size == _CLASS:
-        return object()
-    return number + (1 << 20) if size < _EMPTY else bytes(size - _EMPTY)
