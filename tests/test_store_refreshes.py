@@ -161,6 +161,8 @@ def test_a_store_of_the_first_version_is_migrated(url: str) -> None:
     async def main() -> None:
         async with opened(url) as store:
             made = await install(store, "acme", tokens(-1), config={"s": 1}, sensitive={"s"})
+        await sql(url, "DROP TABLE audit_calls")
+        await sql(url, "ALTER TABLE orgs DROP COLUMN tools")
         await sql(url, "DROP INDEX installations_by_refresh")
         for column in ("auth_error", "refresh_at", "refresh_failures"):
             await sql(url, f"ALTER TABLE installations DROP COLUMN {column}")
