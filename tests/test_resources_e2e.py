@@ -13,7 +13,7 @@ import pytest
 from .conftest import LIMIT, HostProcess, routes, seen_of, wait_until, write_plugin
 from .hosting import logged
 
-PLUGIN = routes(hello="async def: return 'hello'")
+PLUGIN = routes("", hello="async def: return 'hello'")
 
 
 def limited(tmp_path: Path, *limits: str, options: tuple[str, ...] = ()) -> HostProcess:
