@@ -4,7 +4,7 @@ import datetime as dt
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 HOLIDAYS = {dt.date.fromisoformat(day.strip()) for day in os.environ.get("HOLIDAYS", "").split(",") if day.strip()}
@@ -51,9 +51,9 @@ def answer(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
     if method == "tools/list":
         return {"tools": TOOLS}
     if method == "tools/call":
-        tool = {"weekday": weekday, "working_days": working_days}[params["name"]]
+        tools: dict[str, Callable[..., str]] = {"weekday": weekday, "working_days": working_days}
         try:
-            text, wrong = tool(**params.get("arguments", {})), False
+            text, wrong = tools[params["name"]](**params.get("arguments", {})), False
         except (TypeError, ValueError) as error:  # for the model, which may do better the next time
             text, wrong = str(error), True
         return {"content": [{"type": "text", "text": text}], "isError": wrong}
