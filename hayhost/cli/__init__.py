@@ -317,8 +317,9 @@ def _leave(*_: object) -> None:
 
 def _flush_log() -> None:
     """What was logged comes before what is said next; a command that has no log does not import it for that."""
-    if (logs := sys.modules.get("hayhost.logs")) is not None:
-        logs.flush()
+    flush = getattr(sys.modules.get("hayhost.logs"), "flush", None)  # a signal may come while it is being imported
+    if flush is not None:
+        flush()
 
 
 def _open_standard_streams() -> None:
